@@ -1,0 +1,326 @@
+"""From a configuration to a run: sources, loader, networks, objective, optimiser, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dino_kit import distributed, files, log
+from dino_kit.backbones.build import create_backbone
+from dino_kit.config import architectures, fields
+from dino_kit.config.train import RESUMABLE, TrainConfig
+from dino_kit.data.crops import View
+from dino_kit.data.loader import Batch, Loader, default_workers
+from dino_kit.data.sources import Source, open_training_source
+from dino_kit.errors import UserError
+from dino_kit.heads import DINOHead
+from dino_kit.normalize import Normalize
+from dino_kit.objectives.centering import CENTERINGS
+from dino_kit.student_teacher import build_student_teacher
+from dino_kit.training import checkpoint, engine, optim
+from dino_kit.training.learner import Learner, MicroBatch
+from dino_kit.training.monitor import Monitor
+from dino_kit.training.plan import plan_epochs
+from dino_kit.training.precision import resolve_precision
+
+REFERENCE_BATCH = 256  # the batch that --lr is given for
+
+
+@dataclass
+class Run:
+    """Everything that a run consists of, ready to go on from step ``start``."""
+
+    config: TrainConfig  # resolved
+    source: Source
+    learner: Learner
+    loader: Loader
+    prepare: Prepare
+    monitor: Monitor
+    skipped: engine.Skipped
+    start: int
+
+    def train(self) -> None:
+        """Take the remaining steps. Raises RunFailed when too many of them are not finite."""
+        steps_per_epoch = self.loader.steps_per_epoch
+        try:
+            engine.train(
+                self.learner,
+                self.loader,
+                self.prepare,
+                self.monitor,
+                self.save,
+                start=self.start,
+                total_steps=self.loader.total_steps,
+                steps_per_epoch=steps_per_epoch,
+                save_every_steps=self.config.save_every_steps,
+                skipped=self.skipped,
+                max_bad_steps=self.config.max_bad_steps,
+                describe=self.describe,
+            )
+        finally:
+            self.monitor.close()
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint of ``done`` steps, and its copy for good where one is due."""
+        state = self.learner.state_dict()
+        if not distributed.is_main():
+            return
+        epoch, rest = divmod(done, self.loader.steps_per_epoch)
+        content = {
+            **state,
+            "epoch": epoch,
+            "step": done,
+            "config": fields.to_plain(self.config),
+            "images": len(self.source),
+            "skipped": vars(self.skipped).copy(),
+            "monitor": self.monitor.state_dict(),
+        }
+        due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
+        checkpoint.save(
+            self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
+        )
+
+    def describe(self, batches: Sequence[Batch]) -> str:
+        """The images of a step on this process, for the person who looks for the fault."""
+        names = [self.source.name(int(i)) for batch in batches for i in batch.indices]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return f"its images are {', '.join(names[:5])}{more}"
+
+
+def assemble(config: TrainConfig) -> Run:
+    """Build the run that ``config`` describes, and load its newest checkpoint if there is one.
+
+    Raises:
+        UserError: something in the configuration, the data or the folder does not fit.
+    """
+    architectures.require_buildable(config.arch)
+    device = distributed.choose_device(config.device)
+    precision = resolve_precision(config.precision, config.use_fp16, device)
+    config = with_total_batch(config)
+    source = open_training_source(config.data_path)
+    saved = find_checkpoint(config, len(source))
+    start = saved["step"] if saved else 0
+    distributed.start(device)
+
+    loader = build_loader(config, source, device, start)
+    learner = build_learner(config, loader.steps_per_epoch, device, precision)
+    skipped = engine.Skipped()
+    if distributed.is_main():
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(folder)
+        files.write_text(folder / "config.yaml", fields.dump(config))
+    monitor = Monitor(
+        config.output_dir,
+        steps_per_epoch=loader.steps_per_epoch,
+        total_steps=loader.total_steps,
+        images_per_step=config.total_batch_size,
+        log_every_steps=config.log_every_steps,
+        start=start,
+    )
+    if saved:
+        learner.load_state_dict(saved)
+        monitor.load_state_dict(saved["monitor"], device)
+        skipped = engine.Skipped(**saved["skipped"])
+    introduce(config, source, learner, loader, precision)
+    prepare = Prepare(device)
+    return Run(config, source, learner, loader, prepare, monitor, skipped, start)
+
+
+class Prepare:
+    """A loader's batch → normalised crops on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.normalize = Normalize().to(device)
+
+    def __call__(self, batch: Batch) -> MicroBatch:
+        groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
+        return MicroBatch([self.normalize(group) for group in groups], batch.places)
+
+
+def with_total_batch(config: TrainConfig) -> TrainConfig:
+    """``config`` with the total batch written out, so that it no longer depends on the machine."""
+    if config.total_batch_size is None:
+        total = config.batch_size_per_gpu * distributed.world_size()
+        config = replace(config, total_batch_size=total)
+    local = config.total_batch_size // distributed.world_size()
+    if config.use_bn_in_head and local > config.batch_size_per_gpu:
+        raise UserError(
+            f"--use_bn_in_head with a batch of {local} in parts of --batch_size_per_gpu "
+            f"{config.batch_size_per_gpu} would normalise each part by itself, which is another "
+            "method; raise --batch_size_per_gpu or lower --total_batch_size."
+        )
+    if config.use_bn_in_head and distributed.world_size() > 1 and not torch.cuda.is_available():
+        raise UserError(
+            "--use_bn_in_head over several processes needs GPUs, because PyTorch cannot "
+            "synchronise a batch norm on CPUs; use one process or leave it off."
+        )
+    return config
+
+
+def find_checkpoint(config: TrainConfig, images: int) -> dict[str, Any] | None:
+    """The checkpoint that ``config`` goes on from, if its folder has one.
+
+    Raises:
+        UserError: the folder holds a run that differs in a field that must not change.
+    """
+    if config.resume == "never":
+        return None
+    saved = checkpoint.newest(config.output_dir)
+    if saved is None:
+        return None
+    if "step" not in saved or "config" not in saved:
+        raise UserError(
+            f"The checkpoint in {config.output_dir} was not written by dino-kit train, so a run "
+            "cannot go on from it; give another --output_dir."
+        )
+    before = fields.from_plain(TrainConfig, saved["config"])
+    changed = [
+        f"{name} was {old} and is now {new}"
+        for name, old, new in fields.differences(before, config)
+        if name not in RESUMABLE
+    ]
+    if saved["images"] != images:
+        changed.append(f"the data had {saved['images']} images and now has {images}")
+    if changed:
+        raise UserError(
+            f"{config.output_dir} holds a run with other settings: {'; '.join(changed)}. Give "
+            "another --output_dir, or --resume never to begin again in this one."
+        )
+    return saved
+
+
+def view_groups(config: TrainConfig) -> list[list[View]]:
+    """The views of an image, those of one size together: two global ones, then the local ones."""
+
+    def view(kind: int, size: int, scale, ratio) -> View:
+        return View(
+            size=size,
+            scale=scale,
+            ratio=ratio,
+            flip_prob=config.flip_prob[kind],
+            jitter_prob=config.jitter_prob[kind],
+            brightness=config.brightness[kind],
+            contrast=config.contrast[kind],
+            saturation=config.saturation[kind],
+            hue=config.hue[kind],
+            gray_prob=config.gray_prob[kind],
+            blur_prob=config.blur_prob[kind],
+            blur_radius=(config.blur_radius_min[kind], config.blur_radius_max[kind]),
+            solarize_prob=config.solarize_prob[kind],
+            solarize_threshold=config.solarize_threshold[kind],
+        )
+
+    sizes = (config.global_crops_size, config.global_crops_scale, config.global_crops_ratio)
+    groups = [[view(0, *sizes), view(1, *sizes)]]
+    if config.local_crops_number:
+        sizes = (config.local_crops_size, config.local_crops_scale, config.local_crops_ratio)
+        groups.append([view(2, *sizes)] * config.local_crops_number)
+    return groups
+
+
+def build_loader(config: TrainConfig, source: Source, device: torch.device, start: int) -> Loader:
+    workers = default_workers() if config.num_workers is None else config.num_workers
+    return Loader(
+        source,
+        view_groups(config),
+        seed=config.seed,
+        epochs=config.epochs,
+        total_batch_size=config.total_batch_size,
+        batch_size_per_gpu=config.batch_size_per_gpu,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=workers,
+        start_step=start,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def backbone_options(config: TrainConfig) -> dict[str, Any]:
+    """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return {"patch_size": config.patch_size, "image_size": config.global_crops_size, **given}
+
+
+def build_learner(
+    config: TrainConfig, steps_per_epoch: int, device: torch.device, precision: str
+) -> Learner:
+    def head(backbone: nn.Module, norm_last_layer: bool) -> DINOHead:
+        return DINOHead(
+            backbone.embed_dim,
+            config.out_dim,
+            use_bn=config.use_bn_in_head,
+            norm_last_layer=norm_last_layer,
+            nlayers=config.head_nlayers,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+        )
+
+    options = backbone_options(config)
+    # Weights are drawn on the CPU, so that they do not depend on the device.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = create_backbone(config.arch, drop_path_rate=config.drop_path_rate, **options)
+        student_head = head(backbone, config.norm_last_layer)
+        teacher_backbone = create_backbone(config.arch, **options)
+        teacher_head = head(teacher_backbone, True)
+    student, teacher = build_student_teacher(
+        backbone, student_head, teacher_backbone, teacher_head
+    )
+    if distributed.world_size() > 1:
+        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+    student, teacher = student.to(device), teacher.to(device)
+    plan = plan_epochs(
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        lr=config.lr * config.total_batch_size / REFERENCE_BATCH,
+        min_lr=config.min_lr,
+        warmup_epochs=config.warmup_epochs,
+        weight_decay=config.weight_decay,
+        weight_decay_end=config.weight_decay_end,
+        momentum=config.momentum_teacher,
+        warmup_teacher_temp=config.warmup_teacher_temp,
+        teacher_temp=config.teacher_temp,
+        warmup_teacher_temp_epochs=config.warmup_teacher_temp_epochs,
+        freeze_last_layer=config.freeze_last_layer,
+    )
+    options = {"momentum": config.center_momentum} if config.centering == "center" else {}
+    centering = CENTERINGS[config.centering](config.out_dim, device=device, **options)
+    optimizer = optim.build_optimizer(config.optimizer, optim.parameter_groups(student))
+    return Learner(
+        student,
+        teacher,
+        centering,
+        optimizer,
+        plan,
+        student_temp=config.student_temp,
+        clip_grad=config.clip_grad,
+        precision=precision,
+        seed=config.seed,
+    )
+
+
+def introduce(
+    config: TrainConfig, source: Source, learner: Learner, loader: Loader, precision: str
+) -> None:
+    """Say in three lines what is about to run."""
+    backbone = learner.student.backbone
+    size = sum(p.numel() for p in backbone.parameters())
+    log.say(
+        f"{config.arch}, patch {config.patch_size}, {size / 1e6:.1f} M parameters, on "
+        f"{learner.device} in {precision}, {distributed.world_size()} process(es)"
+    )
+    log.say(
+        f"{len(source):,} images, {loader.steps_per_epoch:,} steps of {config.total_batch_size} an "
+        f"epoch, {config.epochs} epochs, {loader.num_workers} data workers"
+    )
+    if loader.start_step:
+        log.say(f"going on after step {loader.start_step:,} of {loader.total_steps:,}")
+    log.say(f"writing to {config.output_dir}")

@@ -1,0 +1,45 @@
+"""What every backbone offers, and what only some do.
+
+Legend: B batch, C channels, H and W pixels, N patches, P prefix tokens, D width, L residual branches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """A backbone's normalised output."""
+
+    pooled: Tensor  # (B, D)
+    patches: Tensor  # (B, N, D), row by row
+    grid: tuple[int, int]  # patches down and across; their product is N
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Images ``(B, C, H, W)`` to one vector ``(B, D)`` each, and to one for each patch."""
+
+    embed_dim: int
+    patch_size: int
+    num_prefix_tokens: int
+    # The probability with which each residual branch is dropped, L numbers in order of execution.
+    drop_path_rates: tuple[float, ...]
+
+    def __call__(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``(B, D)``. ``keep`` (L, B), bool, on the host: the branches that each sample keeps."""
+
+    def forward_features(self, images: Tensor) -> Features: ...
+
+    def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Outputs of the last ``n`` blocks, first to last, normalised, each ``(B, P+N, D)``."""
+
+
+@runtime_checkable
+class HasSelfAttention(Protocol):
+    """A backbone whose tokens all attend to each other."""
+
+    def get_last_selfattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, heads, P+N, P+N)``."""

@@ -1,0 +1,259 @@
+"""The vision transformer, with published names of its weights.
+
+Source: Dosovitskiy et al. 2021, in the form that DINO trains: bias on qkv, LayerNorm epsilon 1e-6,
+stochastic depth, the normalised class token as output.
+
+Legend: B batch, C channels, H and W pixels, N patches, T = P+N tokens (P = 1, the class token),
+D width, h heads, d = D/h, L = 2 * depth residual branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_kit.backbones.interface import Features
+from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
+from dino_kit.errors import UserError
+
+
+class VisionTransformer(nn.Module):
+    """Images ``(B, C, H, W)``, sides multiples of the patch size, to class tokens ``(B, D)``.
+
+    Any such sides will do: the position embedding, made for ``image_size``, is interpolated.
+
+    Args:
+        image_size: side in pixels for which position embeddings are made.
+        patch_size: side of a patch in pixels.
+        in_chans: C, channels of an image.
+        embed_dim: D, width of a token.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of a block's hidden layer, as a multiple of D.
+        qkv_bias: whether query, key and value have a bias.
+        drop_path_rate: the last block's rate of stochastic depth; it grows linearly from 0.
+        norm_eps: epsilon of every LayerNorm.
+
+    Raises:
+        UserError: the sizes do not fit together.
+    """
+
+    num_prefix_tokens = 1
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        _check_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise UserError(
+                f"drop_path_rate is {drop_path_rate}; a rate of stochastic depth is at least 0 "
+                "and below 1."
+            )
+        self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
+        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
+        self.drop_path_rates = linear_rates(drop_path_rate, depth)
+
+        side = image_size // patch_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        hidden = int(embed_dim * mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, hidden, qkv_bias, norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The normalised class tokens, ``(B, D)``.
+
+        ``keep`` (L, B), bool, on the host, says which residual branches each sample keeps (see
+        :func:`~dino_kit.backbones.stochastic_depth.draw_keep`); None keeps all, unscaled.
+        """
+        x = self._tokens(images)
+        for x in self._run(x, keep):
+            pass
+        return self.norm(x[:, 0])
+
+    def forward_features(self, images: Tensor) -> Features:
+        """Class token, patches and their grid, normalised."""
+        (x,) = self.get_intermediate_layers(images)
+        return Features(x[:, 0], x[:, 1:], self._grid(images))
+
+    def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Outputs of the last ``n`` blocks, first to last, normalised, each ``(B, T, D)``."""
+        outputs = enumerate(self._run(self._tokens(images), None))
+        return [self.norm(x) for index, x in outputs if index >= self.depth - n]
+
+    def get_last_selfattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
+        x = self._tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        return last.attn.attention(last.norm1(x))
+
+    def _run(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        """The output of every block in turn, each ``(B, T, D)``."""
+        kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
+        for index, block in enumerate(self.blocks):
+            branches = slice(2 * index, 2 * index + 2)
+            x = block(x, kept[branches], self.drop_path_rates[branches])
+            yield x
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        grid = self._grid(images)
+        patches = self.patch_embed(images)  # (B, N, D)
+        cls = self.cls_token.expand(len(images), -1, -1)  # (B, 1, D)
+        return torch.cat((cls, patches), dim=1) + self._positions(grid)  # (B, T, D)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings ``(1, T, D)`` for a grid of patches."""
+        side = self.image_size // self.patch_size
+        if grid == (side, side):
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        # Weights are published for this exact sampling: the 0.1, added against rounding down to
+        # one patch too few, also shifts every sampling point a little.
+        factors = tuple((n + 0.1) / side for n in grid)
+        patches = F.interpolate(
+            patches.unflatten(1, (side, side)).permute(0, 3, 1, 2),
+            scale_factor=factors,
+            mode="bicubic",
+        )  # (1, D, rows, columns)
+        return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Patches down and across.
+
+        Raises:
+            UserError: the images have another number of channels, or sides that are no multiples
+                of the patch size.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise UserError(
+                f"The backbone takes images of shape (batch, {self.in_chans}, height, width), and "
+                f"got {tuple(images.shape)}; in_chans sets the number of channels."
+            )
+        height, width = images.shape[2:]
+        p = self.patch_size
+        if min(height, width) < p or height % p or width % p:
+            nearest = [max(p, p * round(side / p)) for side in (height, width)]
+            raise UserError(
+                f"An image of {height} × {width} pixels cannot be cut into patches of {p} × {p}; "
+                f"resize or crop it to multiples of {p}, such as {nearest[0]} × {nearest[1]}."
+            )
+        return height // p, width // p
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of every patch: images ``(B, C, H, W)`` to ``(B, N, D)``."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on the normalised tokens and added to them."""
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, qkv_bias: bool, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden)
+
+    def forward(self, x: Tensor, kept=(None, None), rates=(0.0, 0.0)) -> Tensor:
+        """``(B, T, D)`` to the same; ``kept`` and ``rates`` of its two branches as add_branch's."""
+        x = add_branch(x, lambda y: self.attn(self.norm1(y)), kept[0], rates[0])
+        return add_branch(x, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. ``forward`` never holds the ``(B, h, T, T)`` maps."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._heads(self.qkv(x), 3)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, d)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The maps ``(B, h, T, T)`` that ``forward`` uses for these tokens; rows sum to 1."""
+        dim = x.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[: 2 * dim]
+        q, k = self._heads(F.linear(x, self.qkv.weight[: 2 * dim], bias), 2)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """``(B, T, parts * D)`` to ``parts`` tensors ``(B, h, T, d)``."""
+        batch, tokens, width = x.shape
+        x = x.reshape(batch, tokens, parts, self.num_heads, width // parts // self.num_heads)
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it is a whole number from 1.")
+    if sizes["embed_dim"] % sizes["num_heads"]:
+        raise UserError(
+            f"embed_dim {sizes['embed_dim']} cannot be shared out among {sizes['num_heads']} "
+            "heads; it is a multiple of num_heads."
+        )
+    image, patch = sizes["image_size"], sizes["patch_size"]
+    if image % patch:
+        raise UserError(
+            f"image_size {image} is not a multiple of patch_size {patch}; the nearest that is: "
+            f"{max(patch, patch * round(image / patch))}."
+        )

@@ -1,0 +1,130 @@
+"""Processes of one run: who am I, and the few collectives that a step needs.
+
+A run has several processes only when ``torchrun`` (or a launcher that sets the same variables)
+started it. Nothing else in the environment is read, so a shell inside a Slurm allocation, where
+``SLURM_PROCID`` is set, still runs one ordinary process. On one process every collective is the
+identity, so the code of a step is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from dino_kit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether this process is one of a group that ``torchrun`` started."""
+    return all(name in os.environ for name in _TORCHRUN)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def local_rank() -> int:
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start(device: torch.device) -> None:
+    """Join the process group; on a single process there is none to join."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of ``tensor`` over the processes."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of ``tensor`` over the processes, in a new tensor where there are several."""
+    return _reduced(tensor, "SUM")
+
+
+def all_reduce_min(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise minimum of ``tensor`` over the processes."""
+    return _reduced(tensor, "MIN")
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum of ``tensor`` over the processes."""
+    return _reduced(tensor, "MAX")
+
+
+def _reduced(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    if world_size() == 1:
+        return tensor
+    import torch.distributed as dist
+
+    result = tensor.clone()
+    dist.all_reduce(result, getattr(dist.ReduceOp, operation))
+    return result
+
+
+def data_parallel(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``network`` with its gradients averaged over the processes; itself on one process."""
+    if world_size() == 1:
+        return network
+    from torch.nn.parallel import DistributedDataParallel
+
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is the first there is of cuda, mps, cpu.
+
+    Under ``torchrun`` each process of a machine takes the GPU of its local rank.
+
+    Raises:
+        UserError: PyTorch sees no such device.
+    """
+    import torch
+
+    if name == "auto":
+        usable = "cuda" if torch.cuda.is_available() else None
+        usable = usable or ("mps" if torch.backends.mps.is_available() else "cpu")
+        name = usable
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank() if device.index is None else device.index
+        if index >= count:
+            raise UserError(
+                f"--device {name} asks for GPU {index}, and PyTorch sees {count} of them; "
+                "--device cpu computes without one."
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps needs a Mac whose GPU PyTorch can use; --device cpu works.")
+    return device

@@ -1,0 +1,15 @@
+"""The exceptions a user is meant to see."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A fault of the input (a flag, a file, a folder), told in one sentence.
+
+    The command line prints the sentence without a traceback and ends with status 2; from Python
+    it is an ordinary exception.
+    """
+
+
+class RunFailed(Exception):
+    """A run that began well and had to stop, told in one sentence; the command ends with status 1."""

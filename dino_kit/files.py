@@ -1,0 +1,172 @@
+"""Files that appear whole or not at all, and weights that are read without running code."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from dino_kit.errors import UserError
+
+
+_UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError,
+    IndexError, AttributeError, OSError,
+)  # fmt: skip
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Write ``path`` by way of a temporary file beside it.
+
+    The file is flushed to the disk before it takes its name, so that a reader, or a machine that
+    lost power, finds the old content or the new and nothing between. When the body raises, the
+    old content stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def same_content(source: str | Path, target: str | Path) -> None:
+    """Let ``target`` hold what ``source`` holds now, without a moment in which it holds less.
+
+    A second name for the same data costs no space and no time; file systems that have no second
+    names get a copy. Files written by :func:`atomic_write` are never changed in place, so the two
+    names do not follow each other later.
+    """
+    source, target = Path(source), Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove temporary files that a killed process left in ``folder``."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def cut_lines(path: str | Path, keep) -> None:
+    """Keep of a file of JSON lines those whose value satisfies ``keep``; drop a torn last line."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if keep(value):
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote to ``path``, on the CPU, without running pickled code.
+
+    Tensors, plain data and the few harmless types of published files (the parsed arguments, NumPy
+    scalars) are read; everything else is refused. The checksums inside the file are verified first,
+    because ``torch.load`` reads a flipped byte without a word.
+
+    Raises:
+        UserError: the file is missing, damaged, no checkpoint, or holds types that could run code.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    archived = zipfile.is_zipfile(path)
+    try:
+        if archived:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: the checksum of {damaged!r} does not match.")
+        with torch.serialization.safe_globals(_harmless_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        if archived and isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{path} holds pickled objects that could run code, so it was not loaded; "
+                "a checkpoint of tensors and plain data is needed."
+            ) from error
+        raise UserError(f"{path} is not a checkpoint that PyTorch can read, or is damaged.") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a {type(content).__name__} where a checkpoint, a dictionary of "
+            "tensors, is needed."
+        )
+    return content
+
+
+def _harmless_types() -> list:
+    import numpy as np
+
+    # Published checkpoints hold their arguments as a Namespace, with NumPy scalars among them;
+    # NumPy 2 moved numpy.core to numpy._core, and files of both spellings are about.
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "bool")}
+    return [
+        argparse.Namespace,
+        np.dtype,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        *kinds,
+    ]
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is on the disk only once its folder is; Windows has no handle for that.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,116 @@
+"""What the person at the terminal sees: lines, notices, progress and tables.
+
+Only the main process speaks. Where the output is no terminal (a log file, a cluster's job) a
+progress bar would fill it with control characters, so plain lines are written instead, at most
+one every ten seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dino_kit import distributed
+
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_noticed: set[str] = set()
+
+
+def say(text: str) -> None:
+    """One line on standard output."""
+    if distributed.is_main():
+        _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def notice(text: str) -> None:
+    """One line on standard error, marked as a notice; the same text only once per process."""
+    if distributed.is_main() and text not in _noticed:
+        _noticed.add(text)
+        _console(stderr=True).print(f"notice: {text}", markup=False, highlight=False,
+                                    soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A titled table; the first column is text, the others are numbers."""
+    if not distributed.is_main():
+        return
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for place, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if place == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    _console().print(drawn)
+
+
+def duration(seconds: float) -> str:
+    """``3725`` → ``1:02:05``; ``65`` → ``1:05``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+@contextmanager
+def progress(total: int, description: str, start: int = 0) -> Iterator[Callable[..., None]]:
+    """Show how far a loop of ``total`` rounds is, from round ``start`` on.
+
+    Yields ``advance(rounds=1, text="")``; ``text`` (loss, rate …) stands until the next one.
+    """
+    if not distributed.is_main():
+        yield lambda rounds=1, text="": None
+    elif _console().is_terminal:
+        with _bar(total, description, start) as advance:
+            yield advance
+    else:
+        yield _PlainProgress(total, description, start)
+
+
+@contextmanager
+def _bar(total: int, description: str, start: int) -> Iterator[Callable[..., None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(), refresh_per_second=4) as shown:
+        task = shown.add_task(description, total=total, completed=start, text="")
+
+        def advance(rounds: int = 1, text: str = "") -> None:
+            shown.update(task, advance=rounds, **({"text": text} if text else {}))
+
+        yield advance
+
+
+class _PlainProgress:
+    def __init__(self, total: int, description: str, start: int):
+        self.total, self.description, self.done, self.start = total, description, start, start
+        self.text = ""
+        self.began = self.spoke = time.monotonic()
+
+    def __call__(self, rounds: int = 1, text: str = "") -> None:
+        self.done += rounds
+        self.text = text or self.text
+        now = time.monotonic()
+        if self.done < self.total and now - self.spoke < _SECONDS_BETWEEN_PLAIN_LINES:
+            return
+        self.spoke = now
+        left = (now - self.began) / max(self.done - self.start, 1) * (self.total - self.done)
+        parts = (f"{self.description} {self.done}/{self.total}", self.text,
+                 f"{duration(left)} left" if self.done < self.total
+                 else f"took {duration(now - self.began)}")
+        say("  ".join(part for part in parts if part))
+
+
+def _console(stderr: bool = False):
+    # Made anew each time: tests and callers may have replaced sys.stdout since.
+    from rich.console import Console
+
+    return Console(file=sys.stderr if stderr else sys.stdout)

@@ -1,0 +1,78 @@
+"""The loop: prepare, step, log, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dino_kit import log
+from dino_kit.errors import RunFailed
+from dino_kit.training.learner import Learner, MicroBatch
+from dino_kit.training.monitor import Monitor
+
+
+@dataclass
+class Skipped:
+    """Steps that were dropped because something in them was not finite."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+
+def train(
+    learner: Learner,
+    loader: Iterable[Sequence[Any]],
+    prepare: Callable[[Any], MicroBatch],
+    monitor: Monitor,
+    save: Callable[[int], None],
+    *,
+    start: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    save_every_steps: int,
+    skipped: Skipped,
+    max_bad_steps: int,
+    describe: Callable[[Sequence[Any]], str],
+) -> None:
+    """Take the steps from ``start`` to ``total_steps``.
+
+    ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
+    the device, ``save(done)`` writes a checkpoint after ``done`` steps, and ``describe`` names a
+    step's images for the person who has to find out why it was dropped.
+
+    Raises:
+        RunFailed: ``max_bad_steps`` steps in a row were dropped.
+    """
+    with log.progress(total_steps, "training", start) as advance:
+        for step, (batches, waited) in enumerate(_with_waiting_time(loader), start):
+            outcome = learner.step(step, [prepare(batch) for batch in batches])
+            if outcome.committed:
+                skipped.in_a_row = 0
+            elif not outcome.overflowed:
+                skipped.total += 1
+                skipped.in_a_row += 1
+                log.notice(f"Step {step} was not finite and was dropped; {describe(batches)}.")
+            if skipped.in_a_row >= max_bad_steps:
+                raise RunFailed(
+                    f"{skipped.in_a_row} steps in a row were not finite, so the run stopped; the "
+                    f"last good checkpoint is kept. In the last of them: {describe(batches)}."
+                )
+            monitor.record(step, outcome.measured, outcome.settings, waited, skipped=skipped.total)
+            advance(1, monitor.summary())
+            done = step + 1
+            if done % steps_per_epoch == 0 or (save_every_steps and done % save_every_steps == 0):
+                save(done)
+
+
+def _with_waiting_time(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each item of ``loader`` with the seconds that it was waited for."""
+    items = iter(loader)
+    while True:
+        began = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - began

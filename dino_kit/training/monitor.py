@@ -1,0 +1,166 @@
+"""What a run writes down about itself: ``metrics.jsonl``, ``log.txt`` and ``tensorboard/``.
+
+Measured values stay on the device, summed, until a step is logged; only then are they fetched.
+The sums are part of a checkpoint, so a resumed run writes the lines of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_kit import distributed, files, log
+
+METRICS, EPOCHS, TENSORBOARD = "metrics.jsonl", "log.txt", "tensorboard"
+_HELD_BACK = 0.2  # share of a window's time spent waiting for data that is worth a sentence
+
+
+class Monitor:
+    """Collects what a step measured, and writes a line every ``log_every_steps`` steps.
+
+    Args:
+        folder: the run's folder.
+        images_per_step: images that all processes together take in a step.
+        start: steps taken before this process began; files are cut back to it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        images_per_step: int,
+        log_every_steps: int,
+        start: int = 0,
+    ):
+        self.folder = Path(folder)
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
+        self.images_per_step = images_per_step
+        self.log_every_steps = log_every_steps
+        self._window: dict[str, torch.Tensor] = {}
+        self._epoch: dict[str, torch.Tensor] = {}
+        self._window_steps = self._epoch_steps = 0
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._timed_steps = 0
+        self._writer = None
+        self._told_of_waiting = False
+        self.last_line: dict[str, Any] = {}
+        if distributed.is_main():
+            self._open(start)
+
+    def record(
+        self,
+        step: int,
+        measured: dict[str, torch.Tensor],
+        settings: dict[str, float],
+        waited: float,
+        **counts: int,
+    ) -> None:
+        """Take what step ``step`` (0-based) measured, the settings it ran with, and its wait.
+
+        ``measured`` holds scalars on the device, and nothing for a step that was dropped;
+        ``waited`` is in seconds.
+        """
+        done = step + 1
+        for sums in (self._window, self._epoch):
+            for name, value in measured.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()
+        self._window_steps += bool(measured)
+        self._epoch_steps += bool(measured)
+        self._timed_steps += 1
+        self._waited += waited
+        if done % self.log_every_steps == 0 or done == self.total_steps:
+            self._write_line(step, settings, counts)
+        if done % self.steps_per_epoch == 0:
+            self._write_epoch(step, settings)
+
+    def summary(self) -> str:
+        """The newest logged line in a few words, for a progress bar."""
+        if "loss" not in self.last_line:
+            return ""
+        line = self.last_line
+        return f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.1f} img/s"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "window": {name: value.item() for name, value in self._window.items()},
+            "window_steps": self._window_steps,
+            "epoch": {name: value.item() for name, value in self._epoch.items()},
+            "epoch_steps": self._epoch_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._window = {k: torch.tensor(v, device=device) for k, v in state["window"].items()}
+        self._epoch = {k: torch.tensor(v, device=device) for k, v in state["epoch"].items()}
+        self._window_steps, self._epoch_steps = state["window_steps"], state["epoch_steps"]
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, start: int) -> None:
+        files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= start)
+        epochs_done = start // self.steps_per_epoch
+        files.cut_lines(self.folder / EPOCHS, lambda line: line["epoch"] < epochs_done)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=start + 1)
+
+    def _means(self, sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
+        if not sums:
+            return {}
+        stacked = distributed.all_reduce_mean(torch.stack(list(sums.values())).float() / steps)
+        return dict(zip(sums, stacked.tolist(), strict=True))
+
+    def _write_line(self, step: int, settings: dict[str, float], counts: dict[str, int]) -> None:
+        means = self._means(self._window, self._window_steps)
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        share = self._waited / seconds
+        self.last_line = {
+            "step": step + 1,
+            "epoch": step // self.steps_per_epoch,
+            **means,
+            **settings,
+            **counts,
+            "images_per_second": self._timed_steps * self.images_per_step / seconds,
+            "data_wait": share,
+        }
+        self._say_if_held_back(share)
+        self._window, self._window_steps = {}, 0
+        self._began, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
+        if distributed.is_main():
+            _append(self.folder / METRICS, self.last_line)
+            for name, value in self.last_line.items():
+                if name != "step":
+                    self._writer.add_scalar(f"train/{name}", value, step + 1)
+
+    def _write_epoch(self, step: int, settings: dict[str, float]) -> None:
+        means = self._means(self._epoch, self._epoch_steps)
+        self._epoch, self._epoch_steps = {}, 0
+        if distributed.is_main():
+            line = {f"train_{name}": value for name, value in means.items()}
+            line |= {"train_lr": settings["lr"], "train_wd": settings["weight_decay"]}
+            _append(self.folder / EPOCHS, line | {"epoch": step // self.steps_per_epoch})
+            self._writer.flush()
+
+    def _say_if_held_back(self, share: float) -> None:
+        # The first window holds the workers' start and says nothing of the run.
+        first = self.last_line["step"] <= self.log_every_steps
+        if share > _HELD_BACK and not first and not self._told_of_waiting:
+            self._told_of_waiting = True
+            log.notice(
+                f"The run is held back by its data: {share:.0%} of the time goes into waiting for "
+                "crops; more --num_workers, or fewer or smaller crops, would help."
+            )
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

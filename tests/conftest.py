@@ -1,0 +1,30 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(os.environ.get("DINO_KIT_GOLDEN") or Path(__file__).parent / "golden")
+
+
+class Golden:
+    """Numbers that the reference computed, read by file name without the suffix."""
+
+    def path(self, name: str) -> Path:
+        return GOLDEN / name
+
+    def __call__(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    def names(self, prefix: str) -> list[str]:
+        return sorted(path.stem for path in GOLDEN.glob(f"{prefix}*.npz"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return Golden()

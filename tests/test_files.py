@@ -1,0 +1,118 @@
+"""Files appear whole or not at all; weights are read without running code."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dino_kit import files
+from dino_kit.errors import UserError
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_leftover(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path, "w") as file:
+        file.write("half of the n")
+        file.flush()
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_old_content_stands_until_the_new_is_whole(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with files.atomic_write(path, "w") as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_same_content_replaces_and_stays_when_the_source_is_rewritten(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    source, target = tmp_path / "a", tmp_path / "b"
+    files.write_text(source, "one")
+    files.write_text(target, "zero")
+    files.same_content(source, target)
+    files.write_text(source, "two")
+    assert target.read_text() == "one"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def _no_links(*_):
+    raise OSError("this file system has no links")
+
+
+def test_cut_lines_keeps_what_fits_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    files.cut_lines(path, lambda line: line["step"] <= 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_weights_come_back_with_plain_data_and_numpy_scalars(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"x": torch.arange(3), "epoch": 2, "best": np.float64(0.5)}, path)
+    content = files.read_weights(path)
+    assert content["x"].tolist() == [0, 1, 2] and content["epoch"] == 2 and content["best"] == 0.5
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": _RunsCode()}, "weights.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="run code" if zipped else "not a checkpoint"):
+        files.read_weights("weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"x": torch.full((1000,), 7.0)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.find(np.full(8, 7.0, np.float32).tobytes())
+    content[place + 100] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["x"].ne(7).any(), "torch alone reads it silently"
+    with pytest.raises(UserError, match="checksum"):
+        files.read_weights(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut off"])
+def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a checkpoint") as error:
+        files.read_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_found(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"x": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="not a checkpoint"):
+        files.read_weights(path)
+
+
+def test_a_bare_tensor_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="holds a Tensor"):
+        files.read_weights(tmp_path / "weights.pth")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*weights\.pth"):
+        files.read_weights(tmp_path / "weights.pth")
