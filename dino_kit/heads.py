@@ -6,7 +6,6 @@ Legend: B rows (an image's view each), D width of the backbone, K prototypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,6 @@ class DINOHead(nn.Module):
         nlayers: linear layers of the MLP; with one there is no hidden layer.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the space in which prototypes live.
-        batch_norm: makes the normalisation for a width; one that is synchronised over processes
-            goes here.
 
     Raises:
         UserError: ``nlayers`` is below 1.
@@ -45,7 +42,6 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        batch_norm: Callable[[int], nn.Module] = nn.BatchNorm1d,
     ):
         super().__init__()
         if nlayers < 1:
@@ -55,7 +51,7 @@ class DINOHead(nn.Module):
         for _ in range(nlayers - 1):
             layers.append(nn.Linear(width, hidden_dim))
             if use_bn:
-                layers.append(batch_norm(hidden_dim))
+                layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
             width = hidden_dim
         layers.append(nn.Linear(width, bottleneck_dim))
@@ -91,8 +87,7 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The normed rows ``(out_features, in_features)``, in the parameters' own precision."""
-        with torch.autocast(self.weight_v.device.type, enabled=False):
-            return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())

@@ -9,8 +9,6 @@ D width, h heads, d = D/h, L = 2 * depth residual branches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,8 +97,10 @@ class VisionTransformer(nn.Module):
         :func:`~dino_kit.backbones.stochastic_depth.draw_keep`); None keeps all, unscaled.
         """
         x = self._tokens(images)
-        for x in self._run(x, keep):
-            pass
+        kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
+        for index, block in enumerate(self.blocks):
+            branches = slice(2 * index, 2 * index + 2)
+            x = block(x, kept[branches], self.drop_path_rates[branches])
         return self.norm(x[:, 0])
 
     def forward_features(self, images: Tensor) -> Features:
@@ -110,8 +110,13 @@ class VisionTransformer(nn.Module):
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last ``n`` blocks, first to last, normalised, each ``(B, T, D)``."""
-        outputs = enumerate(self._run(self._tokens(images), None))
-        return [self.norm(x) for index, x in outputs if index >= self.depth - n]
+        x = self._tokens(images)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index >= self.depth - n:
+                outputs.append(self.norm(x))
+        return outputs
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
         """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
@@ -120,14 +125,6 @@ class VisionTransformer(nn.Module):
             x = block(x)
         last = self.blocks[-1]
         return last.attn.attention(last.norm1(x))
-
-    def _run(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-        """The output of every block in turn, each ``(B, T, D)``."""
-        kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
-        for index, block in enumerate(self.blocks):
-            branches = slice(2 * index, 2 * index + 2)
-            x = block(x, kept[branches], self.drop_path_rates[branches])
-            yield x
 
     def _tokens(self, images: Tensor) -> Tensor:
         grid = self._grid(images)

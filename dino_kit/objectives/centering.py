@@ -53,7 +53,8 @@ class Center:
         # A logit of -inf makes the centre infinite for ever while this step's loss stays finite.
         # Zero times the candidate turns that into a loss that is not a number, and changes no
         # finite one.
-        return teacher_targets(teacher_logits, self.center + 0.0 * candidate, temperature), candidate
+        center = self.center + 0.0 * candidate
+        return teacher_targets(teacher_logits, center, temperature), candidate
 
     def commit(self, candidate: Tensor | None) -> None:
         self.center = candidate

@@ -30,4 +30,5 @@ def sinkhorn_knopp(teacher_logits: Tensor, temperature: float, iterations: int =
 def _logsumexp_of_columns(scores: Tensor) -> Tensor:
     """``(1, K)`` over the rows of all processes."""
     largest = distributed.all_reduce_max(scores.amax(dim=0, keepdim=True))
-    return distributed.all_reduce_sum((scores - largest).exp_().sum(0, keepdim=True)).log() + largest
+    sums = distributed.all_reduce_sum((scores - largest).exp_().sum(dim=0, keepdim=True))
+    return sums.log_().add_(largest)

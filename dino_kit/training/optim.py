@@ -25,7 +25,10 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in trainable if is_regularized(name, p)]},
-        {"params": [p for name, p in trainable if not is_regularized(name, p)], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trainable if not is_regularized(name, p)],
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -56,9 +59,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     return OPTIMIZERS[name](groups)
 
 
-def set_hyperparameters(
-    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float
-) -> None:
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """The rate for all parameters, the decay for the first group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,0 +1,266 @@
+"""The vision transformer and its stochastic depth."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dino_kit.backbones.interface import Backbone, Features, HasSelfAttention
+from dino_kit.backbones.stochastic_depth import draw_keep
+from dino_kit.backbones.vit import VisionTransformer
+from dino_kit.errors import UserError
+
+TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+def tiny(**options) -> VisionTransformer:
+    """A small network whose biases and norms are not at their trivial initial values."""
+    torch.manual_seed(0)
+    network = VisionTransformer(**{**TINY, **options})
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def from_golden(arrays) -> VisionTransformer:
+    config = json.loads(str(arrays["config"]))
+    renamed = {"img_size": "image_size", "layer_norm_eps": "norm_eps"}
+    network = VisionTransformer(**{renamed.get(key, key): v for key, v in config.items()})
+    state = {
+        key.removeprefix("state/"): torch.from_numpy(value)
+        for key, value in arrays.items()
+        if key.startswith("state/")
+    }
+    assert list(network.state_dict()) == list(state)
+    assert [name for name, _ in network.named_parameters()] == list(state)
+    network.load_state_dict(state)
+    return network
+
+
+@torch.no_grad()
+def test_vit_golden(golden):
+    arrays = golden("vit")
+    network = from_golden(arrays)
+    cases = sorted(key.split("/")[0] for key in arrays if key.endswith("/images"))
+    for case in cases:
+        images = torch.from_numpy(arrays[f"{case}/images"])
+        layers = network.get_intermediate_layers(images, n=2)
+        got = {
+            "cls": network(images),
+            "last_selfattention": network.get_last_selfattention(images),
+            "intermediate0": layers[0],
+            "intermediate1": layers[1],
+        }
+        for name, value in got.items():
+            expected = torch.from_numpy(arrays[f"{case}/{name}"])
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=f"{case}/{name}")
+    assert cases
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (32, 12)])
+def test_features_are_the_parts_of_the_last_layer(size):
+    network = tiny()
+    images = torch.randn(2, 3, *size)
+    features = network.forward_features(images)
+    (last,) = network.get_intermediate_layers(images)
+    assert isinstance(features, Features)
+    assert features.grid == (size[0] // 4, size[1] // 4)
+    torch.testing.assert_close(features.pooled, network(images))
+    torch.testing.assert_close(
+        torch.cat((features.pooled.unsqueeze(1), features.patches), dim=1), last
+    )
+
+
+def test_it_is_what_the_interface_says():
+    network = tiny()
+    assert isinstance(network, Backbone) and isinstance(network, HasSelfAttention)
+    assert (network.embed_dim, network.patch_size, network.num_prefix_tokens) == (24, 4, 1)
+    assert (network.depth, network.num_heads) == (3, 2)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_gradients_reach_every_parameter(size):
+    network = tiny()
+    network(torch.randn(2, 3, size, size)).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_any_number_of_channels(channels):
+    network = tiny(in_chans=channels)
+    assert network(torch.randn(2, channels, 16, 8)).shape == (2, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_close_to_float32(dtype):
+    network = VisionTransformer(**TINY)
+    images = torch.randn(2, 3, 8, 16)
+    keep = draw_keep(0, 0, torch.arange(2), 1, [0.5] * 6).flatten(1)
+    for kept in (None, keep):
+        with torch.autocast("cpu", dtype=dtype):
+            half = network(images, kept)
+        half.float().sum().backward()
+        torch.testing.assert_close(half.float(), network(images, kept), rtol=0, atol=0.05)
+
+
+def test_the_same_input_gives_the_same_bits():
+    network, images = tiny(), torch.randn(3, 3, 8, 8)
+    assert torch.equal(network(images), network(images))
+
+
+def test_training_stores_no_attention_map():
+    network = tiny()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
+        network(torch.randn(2, 3, 16, 16))
+    tokens = 1 + 4 * 4
+    assert shapes and not [shape for shape in shapes if shape[-2:] == (tokens, tokens)]
+
+
+@torch.no_grad()
+def test_last_selfattention_is_that_of_the_last_block_alone():
+    network = tiny()
+    calls = []
+    for index, block in enumerate(network.blocks):
+        original = block.attn.attention
+        block.attn.attention = lambda x, i=index, f=original: (calls.append(i), f(x))[1]
+    maps = network.get_last_selfattention(torch.randn(2, 3, 8, 16))
+    assert calls == [2]
+    assert maps.shape == (2, 2, 9, 9)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((1, 3, 16, 18), "16 × 16"),
+        ((1, 3, 15, 12), "16 × 12"),
+        ((1, 3, 2, 16), "4 × 16"),
+        ((1, 1, 16, 16), "in_chans"),
+        ((3, 16, 16), "in_chans"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(shape, said):
+    network = tiny()
+    for method in (network, network.forward_features, network.get_last_selfattention):
+        with pytest.raises(UserError, match=said):
+            method(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_heads": 5}, "multiple of num_heads"),
+        ({"image_size": 30}, "the nearest that is: 32"),
+        ({"depth": 0}, "depth is 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        VisionTransformer(**{**TINY, **options})
+
+
+def test_rates_grow_linearly_over_the_blocks():
+    rates = tiny(drop_path_rate=0.3).drop_path_rates
+    assert rates == pytest.approx((0.0, 0.0, 0.15, 0.15, 0.3, 0.3))
+    assert not any(tiny().drop_path_rates)
+    with torch.device("meta"):
+        assert VisionTransformer(**TINY, drop_path_rate=0.3).drop_path_rates == rates
+
+
+def masked_forward(network, images, keep):
+    """Stochastic depth by its formula: compute everything, multiply by the mask."""
+    x = network._tokens(images)
+    for index, block in enumerate(network.blocks):
+        for branch, (norm, module) in enumerate(
+            [(block.norm1, block.attn), (block.norm2, block.mlp)]
+        ):
+            number = 2 * index + branch
+            mask = keep[number].float().view(-1, 1, 1)
+            x = x + module(norm(x)) / (1 - network.drop_path_rates[number]) * mask
+    return network.norm(x)[:, 0]
+
+
+def test_skipping_dropped_samples_equals_masking_them():
+    network = tiny(drop_path_rate=0.6)
+    images = torch.randn(8, 3, 16, 16)
+    keep = draw_keep(0, 3, torch.arange(8), 1, network.drop_path_rates).flatten(1)
+    assert keep.any(1).all() and not keep[2:].all(1).any()
+    results = []
+    for forward in (network, lambda *args: masked_forward(network, *args)):
+        network.zero_grad()
+        y = forward(images, keep)
+        y.square().mean().backward()
+        results.append([y, *(p.grad.clone() for p in network.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(results[0][0], network(images), atol=1e-3)
+
+
+def test_dropped_samples_are_not_computed():
+    network = tiny(drop_path_rate=0.6)
+    seen = []
+    for block in network.blocks:
+        for module in (block.attn, block.mlp):
+            module.register_forward_hook(lambda m, inputs, output: seen.append(len(inputs[0])))
+    keep = draw_keep(1, 0, torch.arange(8), 1, network.drop_path_rates).flatten(1)
+    network(torch.randn(8, 3, 16, 16), keep)
+    assert seen == keep.sum(1).tolist()
+    assert sum(seen) < keep.numel()
+
+
+def test_a_branch_that_nobody_keeps_gets_a_gradient_of_zero():
+    """None instead would skip its weight decay, and stall data-parallel training."""
+    network = tiny(drop_path_rate=0.5)
+    keep = torch.ones(6, 2, dtype=torch.bool)
+    keep[4:] = False
+    network(torch.randn(2, 3, 16, 16), keep).square().sum().backward()
+    for name, parameter in network.blocks[2].named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+RATES = [0.0, 0.1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "parts", [[range(12)], [range(6), range(6, 12)], [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]]
+)
+def test_a_draw_depends_on_the_place_alone(parts):
+    whole = draw_keep(3, 7, torch.arange(12), 5, RATES)
+    assert whole.shape == (4, 5, 12) and whole.dtype == torch.bool
+    assert whole.device.type == "cpu"
+    for places in parts:
+        part = draw_keep(3, 7, torch.tensor(list(places)), 5, RATES)
+        assert torch.equal(part, whole[:, :, list(places)])
+    assert torch.equal(draw_keep(3, 7, torch.arange(12), 2, RATES), whole[:, :2])
+
+
+def test_draws_differ_by_seed_step_place_view_and_branch():
+    def draw(seed, step):
+        return draw_keep(seed, step, torch.arange(64), 4, [0.5] * 6)
+
+    first = draw(0, 0)
+    assert torch.equal(first, draw(0, 0))
+    for other in (
+        draw(1, 0),
+        draw(0, 1),
+        first.roll(1, 0),
+        first.roll(1, 1),
+        first.roll(1, 2),
+    ):
+        assert 0.4 < (first == other).float().mean() < 0.6
+
+
+def test_branches_are_dropped_at_their_rates():
+    keep = draw_keep(0, 0, torch.arange(4000), 10, RATES)
+    assert keep[0].all()
+    shares = keep.float().mean((1, 2))
+    torch.testing.assert_close(shares, 1 - torch.tensor(RATES), rtol=0, atol=0.01)
