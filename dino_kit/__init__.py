@@ -1,1 +1,31 @@
-"""dino_kit"""
+"""Pretrain vision backbones without labels by DINO; measure and show what they learnt.
+
+``create_backbone(name, **options)`` and ``load_backbone(path, which="teacher")`` are the way in
+from Python. Importing the package imports no PyTorch; the first use of either does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dino_kit.backbones.build import create_backbone
+    from dino_kit.weights import load_backbone
+
+__all__ = ["__version__", "create_backbone", "load_backbone"]
+
+_HOMES = {"create_backbone": "dino_kit.backbones.build", "load_backbone": "dino_kit.weights"}
+
+
+def __getattr__(name: str):
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        return metadata.version("dino_kit")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,185 @@
+"""``dino-kit COMMAND ...``: read the command line, import the one command it names, call it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from dino_kit import log
+from dino_kit.config import fields, recipe
+from dino_kit.config.commands import COMMANDS, Command
+from dino_kit.config.train import TrainConfig
+from dino_kit.errors import RunFailed, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status.
+
+    0 is success, 1 a run that had to stop, 2 a fault of the input, 130 an interruption.
+    """
+    try:
+        _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"dino-kit: error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"dino-kit: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dino-kit: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of the output has gone, as `| head` does; nothing is left to say to it, and
+        # the interpreter's own flush at its end must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _main(words: list[str]) -> None:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return
+    name = words[0]
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"dino-kit {version('dino_kit')}")
+        return
+    if name not in COMMANDS:
+        raise UserError(
+            f"{name!r} is no command; there are {', '.join(COMMANDS)}"
+            f"{fields.nearest(name, COMMANDS)}"
+        )
+    command = COMMANDS[name]
+    if {"--help", "-h"} & set(words[1:]):
+        print(_help(name, command))
+        return
+    config = parse(name, words[1:])
+    module, function = command.function.split(":")
+    getattr(importlib.import_module(module), function)(config)
+
+
+def parse(name: str, words: Sequence[str]) -> Any:
+    """The configuration of command ``name`` from the words after it.
+
+    Raises:
+        UserError: the words do not fit the command.
+    """
+    command = COMMANDS[name]
+    given, loose = _split(name, command, words)
+    values: dict[str, Any] = {}
+    if command.takes_recipe and loose:
+        values |= recipe.read(TrainConfig, loose.pop(0))
+    for positional in fields.marked(command.schema, "positional"):
+        if loose:
+            given[positional] = [loose.pop(0)]
+    if loose:
+        raise UserError(f"{loose[0]!r} belongs to no flag; see dino-kit {name} --help.")
+    idle = [flag for flag in given if flag in command.without_effect]
+    for flag in given:
+        if flag not in idle:
+            values[flag] = fields.convert_words(command.schema, flag, given[flag])
+    config = fields.create(command.schema, values, command.missing_ok)
+    for flag in idle:
+        log.notice(f"--{flag} has no effect: {command.without_effect[flag]}.")
+    return config
+
+
+def _split(
+    name: str, command: Command, words: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Words by the flag they follow, and those that follow none; the last of two flags counts."""
+    given: dict[str, list[str]] = {}
+    loose: list[str] = []
+    switches = fields.marked(command.schema, "switch")
+    flag, room = "", 0  # the last flag, and how many words it still takes
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            text, equals, value = word[2:].partition("=")
+            flag = _known_flag(name, command, text)
+            given[flag] = [value] if equals else []
+            many = flag not in command.without_effect and fields.takes_many(command.schema, flag)
+            room = 0 if equals else len(words) if many else 1
+        elif room and (flag not in switches or word.lower() in fields.TRUE + fields.FALSE):
+            given[flag].append(word)
+            room -= 1
+        elif len(word) > 1 and word.startswith("-"):
+            raise UserError(f"dino-kit {name} has no flag {word}; see dino-kit {name} --help.")
+        else:
+            room = 0
+            loose.append(word)
+    return given, loose
+
+
+def _known_flag(name: str, command: Command, text: str) -> str:
+    """The field that ``--text`` sets, with ``-`` for ``_`` or without."""
+    flag = text.replace("-", "_")
+    known = [*fields.names(command.schema), *command.without_effect]
+    if flag not in known:
+        hint = fields.nearest(flag, known, prefix="--")
+        if hint == ".":
+            hint = f"; see dino-kit {name} --help."
+        raise UserError(f"dino-kit {name} has no flag --{text}{hint}")
+    return flag
+
+
+def _overview() -> str:
+    rows = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dino-kit: pretrain a vision backbone by DINO on images without labels, measure it,",
+            "look at it.",
+            "",
+            "usage: dino-kit COMMAND [flags]",
+            "",
+            *rows,
+            "",
+            "Begin with `dino-kit quickstart`. For images of your own:",
+            "",
+            *(f"  {COMMANDS[name].examples[0]}" for name in ("train", "knn")),
+            "",
+            "Each command has --help; dino-kit --version says which version this is.",
+        ]
+    )
+
+
+def _help(name: str, command: Command) -> str:
+    width = min(max(shutil.get_terminal_size().columns, 60), 100)
+    words = ["[RECIPE]"] if command.takes_recipe else []
+    words += [positional.upper() for positional in fields.marked(command.schema, "positional")]
+    lines = [f"usage: dino-kit {' '.join([name, *words])} [flags]", ""]
+    lines += textwrap.wrap(f"{command.summary[0].upper()}{command.summary[1:]}.", width)
+    lines += ["", *(f"  {example}" for example in command.examples)]
+    if command.takes_recipe:
+        text = (
+            "RECIPE is a YAML file of flags, one a line, or the name of a shipped one: "
+            f"{', '.join(recipe.shipped())}. Flags on the command line win over it."
+        )
+        lines += ["", *textwrap.wrap(text, width)]
+    for title, declared in fields.groups(command.schema):
+        lines += ["", *textwrap.wrap(f"{title}:", width)]
+        for field in declared:
+            lines += _help_of(command, field, width)
+    if command.without_effect:
+        flags = ", ".join(f"--{flag}" for flag in command.without_effect)
+        text = f"Accepted for old command lines, without effect: {flags}."
+        lines += ["", *textwrap.wrap(text, width)]
+    return "\n".join(lines)
+
+
+def _help_of(command: Command, field: Any, width: int) -> list[str]:
+    head = f"--{field.name} {fields.describe_kind(command.schema, field)}"
+    if field.metadata["positional"]:
+        head = field.name.upper()
+    text = field.metadata["help"]
+    if not (command.missing_ok and field.default is fields.REQUIRED):
+        text = f"{text} {fields.describe_default(command.schema, field)}"
+    indent = " " * 6
+    return [f"  {head}", *textwrap.wrap(text, width, initial_indent=indent,
+                                        subsequent_indent=indent, break_on_hyphens=False)]

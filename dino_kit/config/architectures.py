@@ -1,0 +1,74 @@
+"""Names of architectures: the sizes of those that are built here, and those known besides."""
+
+from __future__ import annotations
+
+from dino_kit.config.fields import nearest
+from dino_kit.errors import UserError
+
+# Width, blocks, heads; the MLP is four times as wide (Dosovitskiy et al., Touvron et al. 2021).
+VIT_SIZES = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+FREE_VIT = "vit"  # sizes are given one by one
+ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
+
+# fmt: off
+_TORCHVISION = [
+    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
+    "densenet121", "densenet161", "densenet169", "densenet201", "efficientnet_b0",
+    "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l",
+    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2",
+    "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_16gf", "regnet_x_1_6gf",
+    "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_400mf", "regnet_x_800mf", "regnet_x_8gf",
+    "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf",
+    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_8gf", "resnet101", "resnet152", "resnet18",
+    "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
+    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19",
+    "vgg19_bn", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2",
+    "wide_resnet50_2",
+]
+# fmt: on
+_XCIT = [
+    f"xcit_{size}_p{patch}"
+    for size in ("nano_12", "tiny_12", "small_12", "tiny_24", "small_24", "medium_24", "large_24")
+    for patch in (16, 8)
+]
+# Known to recipes, so that the reference's command lines are understood, but not built here.
+KNOWN = dict.fromkeys(_TORCHVISION, "torchvision") | dict.fromkeys(_XCIT, "XCiT")
+BUILDABLE = (*VIT_SIZES, FREE_VIT)
+
+
+def is_vit(name: str) -> bool:
+    return name in BUILDABLE
+
+
+def canonical(name: str) -> str:
+    """The one name of an architecture that has two.
+
+    Raises:
+        UserError: there is no such architecture; the sentence names the nearest.
+    """
+    name = ALIASES.get(name, name)
+    if name not in BUILDABLE and name not in KNOWN:
+        raise UserError(
+            f"--arch is {name!r}; it takes {', '.join(BUILDABLE)}, or a name of torchvision's or "
+            f"XCiT's{nearest(name, (*BUILDABLE, *ALIASES, *KNOWN))}"
+        )
+    return name
+
+
+def require_buildable(name: str) -> None:
+    """Raises :class:`UserError` for a name that is known but that nothing here builds."""
+    name = canonical(name)
+    if name not in BUILDABLE:
+        raise UserError(
+            f"{name} is an architecture of {KNOWN[name]}, which this version does not build; it "
+            f"builds {', '.join(BUILDABLE)}."
+        )

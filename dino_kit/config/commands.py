@@ -1,0 +1,91 @@
+"""The commands: what each is called, what it takes, and where it lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+
+from dino_kit.config.evaluate import AttentionConfig, KnnConfig, QuickstartConfig
+from dino_kit.config.fields import option
+from dino_kit.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Printing"""
+
+    diff: str | None = option(None, "Show only what differs from this recipe: a name or a file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigConfig(TrainConfig, Shown):
+    pass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table."""
+
+    schema: type
+    function: str  # "module:function", imported when the command is called
+    summary: str
+    examples: tuple[str, ...]
+    takes_recipe: bool = False
+    missing_ok: bool = False  # required fields may be left out
+    # Flags of the reference that have no meaning here, each with the reason.
+    without_effect: dict[str, str] = field(default_factory=dict)
+
+
+_LAUNCHER = "torchrun's environment says which process this is"
+_TORCHRUN = {"dist_url": _LAUNCHER, "local_rank": _LAUNCHER}
+_EVALUATION = {**_TORCHRUN, "use_cuda": "--device says where to compute"}
+
+COMMANDS = {
+    "quickstart": Command(
+        QuickstartConfig,
+        "dino_kit.commands.quickstart:run",
+        "pretrain, evaluate and show attention on handwritten digits, offline",
+        ("dino-kit quickstart",),
+    ),
+    "train": Command(
+        TrainConfig,
+        "dino_kit.commands.train:run",
+        "pretrain a backbone on a folder of images",
+        (
+            "dino-kit train --arch vit_small --patch_size 16 --data_path FOLDER --output_dir OUT",
+            "dino-kit train vits16_100ep --data_path imagenet --output_dir OUT",
+        ),
+        takes_recipe=True,
+        without_effect=_TORCHRUN,
+    ),
+    "knn": Command(
+        KnnConfig,
+        "dino_kit.commands.knn:run",
+        "k-nearest-neighbour accuracy of a checkpoint on labelled images",
+        ("dino-kit knn OUT --data_path FOLDER_WITH_LABELS",),
+        without_effect=_EVALUATION,
+    ),
+    "attention": Command(
+        AttentionConfig,
+        "dino_kit.commands.attention:run",
+        "what each attention head of a checkpoint looks at, as pictures or a page",
+        ("dino-kit attention OUT --image_path PICTURE --html",),
+        without_effect=_EVALUATION,
+    ),
+    "config": Command(
+        ConfigConfig,
+        "dino_kit.commands.config:run",
+        "print a recipe with every value, or how it differs from another",
+        (
+            "dino-kit config vits16_100ep --epochs 50 > mine.yaml",
+            "dino-kit config mine.yaml --diff vits16_300ep",
+        ),
+        takes_recipe=True,
+        missing_ok=True,
+    ),
+}
+
+
+def train_part(config: ConfigConfig) -> TrainConfig:
+    """The settings of a run that ``dino-kit config`` was given, without its own."""
+    return TrainConfig(**{f.name: getattr(config, f.name) for f in dataclass_fields(TrainConfig)})

@@ -1,0 +1,156 @@
+"""Settings of the commands that look at a checkpoint, and of the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dino_kit.config import architectures
+from dino_kit.config.fields import REQUIRED, Checked, option
+from dino_kit.config.train import check_device
+from dino_kit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Checkpoint"""
+
+    checkpoint: str | None = option(
+        None, "A checkpoint, or the folder of a run.", positional=True, nothing=""
+    )
+    pretrained_weights: str | None = option(None, "CHECKPOINT by its older name.", nothing="")
+    checkpoint_key: str = option(
+        "teacher", "Which network of the checkpoint, teacher or student, where it holds both."
+    )
+    arch: str | None = option(
+        None, "Architecture, where the checkpoint does not say.", nothing="the checkpoint's",
+        then=architectures.canonical,
+    )
+    patch_size: int | None = option(
+        None, "Side of a patch in pixels, likewise.", low=1, nothing="the checkpoint's"
+    )
+    embed_dim: int | None = option(None, "Width, likewise.", low=1, nothing="the checkpoint's")
+    depth: int | None = option(
+        None, "Number of blocks, likewise.", low=1, nothing="the checkpoint's"
+    )
+    num_heads: int | None = option(
+        None, "Attention heads, likewise.", low=1, nothing="the checkpoint's"
+    )
+    mlp_ratio: float | None = option(
+        None, "Width of the MLP over that of the tokens, likewise.", above=0,
+        nothing="the checkpoint's",
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
+    output_dir: str | None = option(
+        None, "Folder to write to.", nothing="beside the checkpoint"
+    )
+
+    @property
+    def weights(self) -> str | None:
+        """The file or folder, by whichever name it was given."""
+        return self.checkpoint or self.pretrained_weights
+
+    def check(self) -> None:
+        if self.checkpoint and self.pretrained_weights not in (None, self.checkpoint):
+            raise UserError(
+                f"Two checkpoints are given, {self.checkpoint} and --pretrained_weights "
+                f"{self.pretrained_weights}; give one."
+            )
+
+    def require_checkpoint(self) -> None:
+        """Raises :class:`UserError` where no checkpoint was given by either name."""
+        if not self.weights:
+            raise UserError("A checkpoint is missing: give a file, or the folder of a run.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Data"""
+
+    data_path: str | None = option(
+        None,
+        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class, or "
+        "digits.",
+        nothing="",
+    )
+    train_data: str | None = option(
+        None, "Labelled images to search, instead of --data_path.", nothing=""
+    )
+    val_data: str | None = option(None, "Labelled images to classify, likewise.", nothing="")
+    val_share: float = option(
+        0.2, "Share of a folder without a split that is held out, by a hash of the names.",
+        above=0, below=1,
+    )
+    image_size: int | None = option(
+        None, "Side of the images that the network sees.", low=1,
+        nothing="what it was trained on",
+    )
+    batch_size_per_gpu: int = option(128, "Images at a time.", low=1)
+    num_workers: int | None = option(
+        None, "Processes that load data.", low=0, nothing="usable cores, 10 at most"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Neighbours"""
+
+    nb_knn: tuple[int, ...] = option(
+        (10, 20, 100, 200), "Numbers of neighbours; 20 is mostly the best.", low=1
+    )
+    temperature: float = option(0.07, "A neighbour's vote is exp(similarity / this).", above=0)
+    dump_features: str | None = option(None, "Folder to write the features to.")
+    load_features: str | None = option(
+        None, "Folder to read features from, instead of a checkpoint and images."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(Neighbours, Labelled, Checkpoint, Checked):
+    def check(self) -> None:
+        if self.load_features:
+            return
+        self.require_checkpoint()
+        pair = (self.train_data, self.val_data)
+        if bool(self.data_path) == any(pair) or any(pair) != all(pair):
+            raise UserError(
+                "Labelled images are needed: give either --data_path, or both --train_data and "
+                "--val_data."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Picture"""
+
+    image_path: str = option(REQUIRED, "An image, or a folder of images.")
+    image_size: tuple[int, ...] = option(
+        (480, 480), "Height and width to resize to; one number is the shorter side.", low=1
+    )
+    threshold: float | None = option(
+        None, "Also draw masks of the patches that hold this share of the attention.",
+        above=0, high=1,
+    )
+    html: bool = option(
+        False, "Also write a page on which to explore every patch's attention.", switch=True
+    )
+
+    def check(self) -> None:
+        if len(self.image_size) > 2:
+            raise UserError(
+                f"--image_size takes one or two numbers and got {len(self.image_size)}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(Picture, Checkpoint, Checked):
+    def check(self) -> None:
+        self.require_checkpoint()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(Checked):
+    """Quickstart"""
+
+    output_dir: str = option("dino_kit_quickstart", "Folder to write to.")
+    seed: int = option(0, "Seed of everything random; the same seed gives the same numbers.",
+                       low=0, high=2**32 - 1)

@@ -1,0 +1,309 @@
+"""Settings of a pretraining run: the flags of ``dino-kit train``, and the keys of a recipe.
+
+Names, meanings and defaults are those of the reference's ``main_dino.py`` wherever it has the flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_kit.config import architectures
+from dino_kit.config.fields import REQUIRED, Checked, option
+from dino_kit.errors import UserError
+
+# What may change when a run goes on; a different value of anything else is another run.
+RESUMABLE = frozenset(
+    {
+        "batch_size_per_gpu",  # the total batch is compared instead
+        "data_path",
+        "device",
+        "log_every_steps",
+        "max_bad_steps",
+        "num_workers",
+        "output_dir",
+        "resume",
+        "save_every_steps",
+        "saveckp_freq",
+    }
+)
+
+
+def check_device(name: str) -> str:
+    """``name``; raises :class:`UserError` for what cannot be the name of a device."""
+    kind, colon, index = name.partition(":")
+    if not (kind in ("auto", "cpu", "mps") and not colon) and not (
+        kind == "cuda" and (not colon or index.isdecimal())
+    ):
+        raise UserError(f"--device is {name!r}; it takes auto, cpu, cuda, cuda:N or mps.")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """Backbone"""
+
+    arch: str = option(
+        "vit_small",
+        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, or vit with the sizes "
+        "given below. deit_tiny and deit_small are other names of vit_tiny and vit_small.",
+        then=architectures.canonical,
+    )
+    patch_size: int = option(
+        16, "Side of a patch in pixels. Smaller ones give better features and cost more.", low=1
+    )
+    embed_dim: int | None = option(None, "Width of --arch vit.", low=1, nothing="by --arch")
+    depth: int | None = option(
+        None, "Number of blocks of --arch vit.", low=1, nothing="by --arch"
+    )
+    num_heads: int | None = option(
+        None, "Attention heads of --arch vit.", low=1, nothing="by --arch"
+    )
+    mlp_ratio: float | None = option(
+        None, "Width of the MLP over that of --arch vit.", above=0, nothing="4"
+    )
+    drop_path_rate: float = option(
+        0.1, "Stochastic depth of the student: rate of the last block.", low=0, below=1
+    )
+
+    def check(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("embed_dim", "depth", "num_heads")}
+        if self.arch == architectures.FREE_VIT:
+            absent = [f"--{name}" for name, value in sizes.items() if value is None]
+            if absent:
+                raise UserError(f"--arch vit needs its sizes: {', '.join(absent)} missing.")
+            if self.embed_dim % self.num_heads:
+                raise UserError(
+                    f"--embed_dim {self.embed_dim} is not a multiple of --num_heads "
+                    f"{self.num_heads}."
+                )
+            return
+        given = [f"--{name}" for name in (*sizes, "mlp_ratio") if getattr(self, name) is not None]
+        if given:
+            raise UserError(
+                f"--arch {self.arch} has sizes of its own, so {', '.join(given)} cannot be given; "
+                "use --arch vit to choose them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Projection head"""
+
+    out_dim: int = option(
+        65536, "Number of prototypes. Large values suit large data.", low=2
+    )
+    norm_last_layer: bool = option(
+        True,
+        "Keep the prototypes' norms at 1, which steadies the training; without it small models "
+        "get better. The published ViT-S runs use false, ViT-B true.",
+    )
+    use_bn_in_head: bool = option(False, "Batch normalisation in the head.")
+    head_nlayers: int = option(3, "Linear layers of the head's MLP.", low=1)
+    head_hidden_dim: int = option(2048, "Width of the MLP's hidden layers.", low=1)
+    head_bottleneck_dim: int = option(256, "Width of the space of the prototypes.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Objective and teacher"""
+
+    centering: Literal["center", "sinkhorn"] = option(
+        "center",
+        "What keeps the teacher from collapsing: a moving centre, as in DINO, or Sinkhorn-Knopp, "
+        "as in SwAV and DINOv2.",
+    )
+    center_momentum: float = option(0.9, "Momentum of the centre.", low=0, below=1)
+    student_temp: float = option(0.1, "Temperature of the student's softmax.", above=0)
+    warmup_teacher_temp: float = option(
+        0.04, "Teacher temperature at the start. Lower it if the loss does not fall.", above=0
+    )
+    teacher_temp: float = option(
+        0.04, "Teacher temperature after its warm-up. Above 0.07 is mostly unstable.", above=0
+    )
+    warmup_teacher_temp_epochs: int = option(
+        0, "Epochs over which the teacher temperature grows linearly.", low=0
+    )
+    momentum_teacher: float = option(
+        0.996,
+        "Momentum of the teacher's moving average at the start; it grows to 1 by a cosine. Small "
+        "batches need a higher one, such as 0.9995 for 256 images.",
+        low=0,
+        high=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """Optimisation"""
+
+    epochs: int = option(100, "Epochs of training.", low=1)
+    batch_size_per_gpu: int = option(
+        64, "Images per process and step, or the most at a time where a total is given.", low=1
+    )
+    total_batch_size: int | None = option(
+        None,
+        "Images per step over all processes; where they do not fit at once they are accumulated.",
+        low=1,
+        nothing="batch_size_per_gpu times processes",
+    )
+    optimizer: Literal["adamw", "sgd", "lars"] = option(
+        "adamw", "Optimiser: adamw for transformers, sgd or lars for convolutional networks."
+    )
+    lr: float = option(
+        0.0005, "Highest learning rate, for a batch of 256; scaled linearly with the batch.", low=0
+    )
+    warmup_epochs: int = option(
+        10, "Epochs over which the learning rate grows linearly.", low=0
+    )
+    min_lr: float = option(1e-6, "Learning rate at the end of the cosine.", low=0)
+    weight_decay: float = option(0.04, "Weight decay at the start.", low=0)
+    weight_decay_end: float = option(0.4, "Weight decay at the end of the cosine.", low=0)
+    clip_grad: float = option(
+        3.0, "Largest norm of each parameter tensor's gradient; 0 for none.", low=0
+    )
+    freeze_last_layer: int = option(
+        1, "Epochs during which the prototypes stay. Raise it if the loss does not fall.", low=0
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "Number format; auto is fp32 on a CPU, and bf16 (else fp16) on a GPU."
+    )
+    use_fp16: bool | None = option(
+        None, "The older flag: true is --precision fp16, false is --precision fp32."
+    )
+    max_bad_steps: int = option(
+        20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Crops (one number for every view, or three: first global, second global, local)"""
+
+    global_crops_size: int = option(224, "Side of the two global crops in pixels.", low=1)
+    global_crops_scale: tuple[float, float] = option(
+        (0.4, 1.0), "Share of the image's area in a global crop; try 0.14 1 without local crops."
+    )
+    global_crops_ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "Width / height of the box of a global crop."
+    )
+    local_crops_number: int = option(8, "Number of small local crops; 0 for none.", low=0)
+    local_crops_size: int = option(96, "Side of the local crops in pixels.", low=1)
+    local_crops_scale: tuple[float, float] = option(
+        (0.05, 0.4), "Share of the image's area in a local crop."
+    )
+    local_crops_ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "Width / height of the box of a local crop."
+    )
+    flip_prob: tuple[float, float, float] = option(
+        (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1
+    )
+    jitter_prob: tuple[float, float, float] = option(
+        (0.8,) * 3, "Probability of changed colours.", low=0, high=1
+    )
+    brightness: tuple[float, float, float] = option(
+        (0.4,) * 3, "Strength of brightness changes.", low=0
+    )
+    contrast: tuple[float, float, float] = option(
+        (0.4,) * 3, "Strength of contrast changes.", low=0
+    )
+    saturation: tuple[float, float, float] = option(
+        (0.2,) * 3, "Strength of saturation changes.", low=0
+    )
+    hue: tuple[float, float, float] = option(
+        (0.1,) * 3, "Largest change of hue, in turns.", low=0, high=0.5
+    )
+    gray_prob: tuple[float, float, float] = option(
+        (0.2,) * 3, "Probability of gray.", low=0, high=1
+    )
+    blur_prob: tuple[float, float, float] = option(
+        (1.0, 0.1, 0.5), "Probability of a Gaussian blur.", low=0, high=1
+    )
+    blur_radius_min: tuple[float, float, float] = option(
+        (0.1,) * 3, "Smallest deviation of the blur, in pixels of the crop.", low=0
+    )
+    blur_radius_max: tuple[float, float, float] = option(
+        (2.0,) * 3, "Largest deviation of the blur, in pixels of the crop.", low=0
+    )
+    solarize_prob: tuple[float, float, float] = option(
+        (0.0, 0.2, 0.0), "Probability of solarisation.", low=0, high=1
+    )
+    solarize_threshold: tuple[float, float, float] = option(
+        (128.0,) * 3, "8-bit value from which solarisation inverts.", low=0, high=256
+    )
+
+    def check(self) -> None:
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise UserError(
+                    f"--{name} is {low:g} {high:g}; it takes two shares of the image, the smaller "
+                    "first, above 0 and to 1."
+                )
+        for name in ("global_crops_ratio", "local_crops_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UserError(
+                    f"--{name} is {low:g} {high:g}; it takes two numbers above 0, the smaller "
+                    "first."
+                )
+        pairs = zip(self.blur_radius_min, self.blur_radius_max, strict=True)
+        for smallest, largest in pairs:
+            if smallest > largest:
+                raise UserError(
+                    f"--blur_radius_min {smallest:g} is above --blur_radius_max {largest:g}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Data"""
+
+    data_path: str = option(
+        REQUIRED,
+        "Folder of images, at any depth, labelled or not; or digits, for those of scikit-learn.",
+    )
+    num_workers: int | None = option(
+        None, "Processes that load data; 0 loads in the run's own.", low=0,
+        nothing="usable cores, 10 at most",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run"""
+
+    output_dir: str = option(
+        REQUIRED, "The run's folder. The same command on it goes on where the run stopped."
+    )
+    seed: int = option(0, "Seed of everything random.", low=0, high=2**32 - 1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
+    saveckp_freq: int = option(
+        20, "Keep a checkpoint for good every so many epochs; 0 for none.", low=0
+    )
+    save_every_steps: int = option(
+        0, "Write checkpoint.pth every so many steps too, not only after each epoch.", low=0
+    )
+    log_every_steps: int = option(10, "Steps between two lines of metrics.jsonl.", low=1)
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto goes on with the run in --output_dir; never begins again in its place."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Run, Data, Crops, Optimisation, Objective, Head, Backbone, Checked):
+    def check(self) -> None:
+        if not architectures.is_vit(self.arch):
+            return
+        sizes = [("global_crops_size", self.global_crops_size)]
+        if self.local_crops_number:
+            sizes.append(("local_crops_size", self.local_crops_size))
+        for name, size in sizes:
+            rest = size % self.patch_size
+            if rest:
+                below, above = size - rest, size - rest + self.patch_size
+                near = f"{below} and {above}" if below else f"{above}"
+                raise UserError(
+                    f"--{name} {size} is not a multiple of --patch_size {self.patch_size}; the "
+                    f"nearest {'are' if below else 'is'} {near}."
+                )
