@@ -12,7 +12,7 @@ from torch import nn
 
 from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
-from dino_kit.config import architectures, fields
+from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
@@ -114,7 +114,7 @@ def assemble(config: TrainConfig) -> Run:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(folder)
-        files.write_text(folder / "config.yaml", fields.dump(config))
+        files.write_text(folder / "config.yaml", recipe.dump(config))
     monitor = Monitor(
         config.output_dir,
         steps_per_epoch=loader.steps_per_epoch,

@@ -1,0 +1,121 @@
+"""A crop as pixels: Pillow does what the parameters say, as torchvision's Pillow path does it.
+
+Legend: S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+
+@dataclass(frozen=True)
+class CropParameters:
+    """What to do with an image, in the order of the fields."""
+
+    size: int  # S
+    box: tuple[int, int, int, int]  # top, left, height, width, in pixels of the image
+    flip: bool = False
+    jitter: tuple[tuple[str, float], ...] = ()  # (operation, factor), in the order of application
+    gray: bool = False
+    blur_radius: float | None = None  # deviation of the Gaussian, in pixels
+    solarize_threshold: float | None = None
+
+
+def render(image: Image.Image, parameters: CropParameters) -> np.ndarray:
+    """The crop of an RGB ``image`` as (S, S, 3) uint8."""
+    p = parameters
+    crop = resized_crop(image, p.box, p.size)
+    if p.flip:
+        crop = flip(crop)
+    for operation, factor in p.jitter:
+        crop = JITTER[operation](crop, factor)
+    if p.gray:
+        crop = grayscale(crop)
+    if p.blur_radius is not None:
+        crop = blur(crop, p.blur_radius)
+    if p.solarize_threshold is not None:
+        crop = solarize(crop, p.solarize_threshold)
+    return np.asarray(crop)
+
+
+def resized_crop(
+    image: Image.Image, box: tuple[int, int, int, int], size: int
+) -> Image.Image:
+    """Cut out ``box`` (top, left, height, width), then resize it bicubically to S × S.
+
+    Resizing with ``box`` in one go would let pixels outside of it bleed in at the borders.
+    """
+    top, left, height, width = box
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def saturation(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turn the hue by ``shift`` of a turn, in 8-bit HSV: by ``int(255 * shift)`` of 256 steps."""
+    hues, saturations, values = image.convert("HSV").split()
+    turned = np.asarray(hues) + np.int32(shift * 255).astype(np.uint8)
+    hsv = (Image.fromarray(turned), saturations, values)
+    return Image.merge("HSV", hsv).convert("RGB")
+
+
+JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+
+
+def grayscale(image: Image.Image) -> Image.Image:
+    """Luma in all three channels."""
+    return Image.merge("RGB", (image.convert("L"),) * 3)
+
+
+def blur(image: Image.Image, radius: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def solarize(image: Image.Image, threshold: float) -> Image.Image:
+    return ImageOps.solarize(image, threshold)
+
+
+def eval_sizes(training_size: int) -> tuple[int, int]:
+    """To what the shorter side is resized, and the side of the centre crop, to evaluate.
+
+    256 and 224 after training at 224, as the reference has it, and in that proportion at other
+    sizes; small images, of 64 pixels and fewer, are not cut.
+    """
+    if training_size <= 64:
+        return training_size, training_size
+    return round(training_size * 256 / 224), training_size
+
+
+def center_view(image: Image.Image, resize: int, crop: int) -> np.ndarray:
+    """The centre (crop, crop, 3) uint8 of ``image``, its shorter side resized to ``resize``.
+
+    Equal to torchvision's ``Resize(resize, BICUBIC)`` and ``CenterCrop(crop)``, the padding of
+    images that are smaller than the crop included.
+    """
+    width, height = image.size
+    if width <= height:
+        size = (resize, int(resize * height / width))
+    else:
+        size = (int(resize * width / height), resize)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - crop) / 2.0), round((size[1] - crop) / 2.0)
+    return np.asarray(image.crop((left, top, left + crop, top + crop)))

@@ -1,0 +1,111 @@
+"""A crop as parameters: what to do with an image, drawn before any pixel is touched.
+
+Whoever renders a crop, on the CPU or on a device, takes the same parameters. The distributions are
+those of the reference (Caron et al. 2021, appendix A "Data augmentation", after BYOL); the box is
+drawn as in torchvision's ``RandomResizedCrop``, the colours as in its ``ColorJitter``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dino_kit.data import augment
+from dino_kit.data.augment import CropParameters
+
+_BOX_TRIES = 10
+
+
+@dataclass(frozen=True)
+class View:
+    """How the crops of one kind are drawn, and how they are rendered.
+
+    Args:
+        size: side of the crop in pixels.
+        scale: smallest and largest share of the image's area in the box.
+        ratio: smallest and largest width / height of the box, drawn on a log scale.
+        flip_prob: probability of a horizontal flip.
+        jitter_prob: probability that brightness, contrast, saturation and hue change.
+        brightness, contrast, saturation: factors are uniform in ``[max(0, 1 - x), 1 + x]``.
+        hue: shift is uniform in ``[-x, x]`` of a turn, at most 0.5.
+        gray_prob, blur_prob, solarize_prob: probabilities of these operations.
+        blur_radius: smallest and largest deviation of the Gaussian, in pixels.
+        solarize_threshold: 8-bit values from here on are inverted.
+        render: makes the pixels from ``(image, parameters)``: (S, S, 3) uint8, or a prepared
+            floating-point tensor (C, S, S), which is then not normalised again. A function of
+            your own must be importable by name where workers are spawned.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_prob: float = 0.5
+    jitter_prob: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarize_prob: float = 0.0
+    solarize_threshold: float = 128
+    render: Callable[[Any, CropParameters], Any] = augment.render
+
+
+def sample_crop(view: View, height: int, width: int, rng: np.random.Generator) -> CropParameters:
+    """Draw what to do with an image of ``height`` × ``width`` pixels for one crop of ``view``."""
+    return CropParameters(
+        size=view.size,
+        box=_sample_box(view, height, width, rng),
+        flip=bool(rng.random() < view.flip_prob),
+        jitter=_sample_jitter(view, rng) if rng.random() < view.jitter_prob else (),
+        gray=bool(rng.random() < view.gray_prob),
+        blur_radius=rng.uniform(*view.blur_radius) if rng.random() < view.blur_prob else None,
+        solarize_threshold=(
+            view.solarize_threshold if rng.random() < view.solarize_prob else None
+        ),
+    )
+
+
+def _sample_box(
+    view: View, height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    area = height * width
+    log_ratio = np.log(view.ratio)
+    for _ in range(_BOX_TRIES):
+        target = area * rng.uniform(*view.scale)
+        ratio = math.exp(rng.uniform(*log_ratio))
+        box_width = round(math.sqrt(target * ratio))
+        box_height = round(math.sqrt(target / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(0, height - box_height + 1))
+            left = int(rng.integers(0, width - box_width + 1))
+            return top, left, box_height, box_width
+    # No box fitted: the largest central one whose shape is allowed.
+    box_height, box_width = height, width
+    if width / height < view.ratio[0]:
+        box_height = max(1, min(height, round(width / view.ratio[0])))
+    elif width / height > view.ratio[1]:
+        box_width = max(1, min(width, round(height * view.ratio[1])))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _sample_jitter(view: View, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
+    """The colour operations in the order in which they are applied, each with its factor."""
+    strengths = {
+        "brightness": view.brightness,
+        "contrast": view.contrast,
+        "saturation": view.saturation,
+    }
+    factors = {
+        name: rng.uniform(max(0.0, 1.0 - x), 1.0 + x) for name, x in strengths.items() if x > 0
+    }
+    if view.hue > 0:
+        factors["hue"] = rng.uniform(-view.hue, view.hue)
+    names = list(factors)
+    return tuple((names[i], factors[names[i]]) for i in rng.permutation(len(names)))

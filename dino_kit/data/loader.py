@@ -1,0 +1,211 @@
+"""Batches of crops: which images a step takes, in what order, made by worker processes.
+
+Everything drawn here is a function of the seed, the epoch and the image, so neither the number of
+workers nor that of processes changes a crop, and a loader can begin at any step.
+
+Legend: B images of a micro-batch, V_g views of one size, S_g their side in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dino_kit.data.crops import View, sample_crop
+from dino_kit.data.decode import decode
+from dino_kit.data.sources import Source
+from dino_kit.errors import UserError
+from dino_kit.randomness import stream
+
+
+class Batch(NamedTuple):
+    """A micro-batch, on the host."""
+
+    groups: list[Tensor]  # (V_g, B, 3, S_g, S_g) uint8 for each size, the two global crops first
+    indices: Tensor  # (B,) int64: images of the source
+    places: Tensor  # (B,) int64: places in the step's global batch
+
+
+class Pick(NamedTuple):
+    """One image to load: what its crops are drawn from, and where it goes."""
+
+    epoch: int
+    index: int
+    place: int
+
+
+class Loader:
+    """Iterates over optimiser steps, each a list of this process's micro-batches.
+
+    A step's global batch of ``total_batch_size`` images is split evenly over the processes; a
+    process's part is cut into as few micro-batches of at most ``batch_size_per_gpu`` as will do,
+    whose sizes differ by one at most. Each epoch takes every image at most once; the last short
+    batch is dropped. Workers go on across epochs, so no step waits for them to start again.
+
+    Args:
+        source: the images.
+        groups: the views of each crop size; the first group holds the two global views.
+        start_step: optimiser steps that were taken before.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or is larger than the source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        groups: Sequence[Sequence[View]],
+        *,
+        seed: int,
+        epochs: int,
+        total_batch_size: int,
+        batch_size_per_gpu: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        start_step: int = 0,
+        pin_memory: bool = False,
+        multiprocessing_context: str | None = None,
+    ):
+        if total_batch_size % world_size:
+            raise UserError(
+                f"A total batch of {total_batch_size} cannot be split evenly over {world_size} "
+                "processes; change --total_batch_size."
+            )
+        if len(source) < total_batch_size:
+            raise UserError(
+                f"There are {len(source)} images, fewer than one batch of {total_batch_size}; "
+                "lower --batch_size_per_gpu or --total_batch_size."
+            )
+        self.steps_per_epoch = len(source) // total_batch_size
+        self.total_steps = epochs * self.steps_per_epoch
+        self.num_workers, self.start_step = num_workers, start_step
+        local = total_batch_size // world_size
+        first = rank * local
+        self._parts = np.array_split(
+            np.arange(first, first + local), -(-local // batch_size_per_gpu)
+        )
+        sampler = _MicroBatches(
+            len(source), seed, total_batch_size, self._parts, start_step, self.total_steps
+        )
+        self._batches = DataLoader(
+            _Crops(source, groups, seed),
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            multiprocessing_context=multiprocessing_context if num_workers else None,
+        )
+
+    def __len__(self) -> int:
+        return self.total_steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        step: list[Batch] = []
+        for batch in self._batches:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            step.append(batch)
+            if len(step) == len(self._parts):
+                yield step
+                step = []
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order, (length,) int64, in which an epoch goes through the images."""
+    return stream("epoch order", seed, epoch).permutation(length)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which a container or a job can make fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """The reference's 10, or the usable cores where they are fewer."""
+    return min(10, usable_cores())
+
+
+class _MicroBatches(Sampler):
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        total_batch_size: int,
+        parts: Sequence[np.ndarray],
+        start_step: int,
+        total_steps: int,
+    ):
+        self.length, self.seed, self.total_batch_size = length, seed, total_batch_size
+        self.parts, self.start_step, self.total_steps = parts, start_step, total_steps
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * len(self.parts)
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        steps_per_epoch = self.length // self.total_batch_size
+        order, order_of = np.empty(0), -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_of:
+                order, order_of = epoch_order(self.seed, epoch, self.length), epoch
+            begin = position * self.total_batch_size
+            for part in self.parts:
+                yield [Pick(epoch, int(order[begin + place]), int(place)) for place in part]
+
+
+class _Crops(Dataset):
+    """Makes a whole micro-batch at once, so that each crop is written straight to its place."""
+
+    def __init__(self, source: Source, groups: Sequence[Sequence[View]], seed: int):
+        self.source, self.groups, self.seed = source, [list(group) for group in groups], seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, picks: Sequence[Pick]) -> Batch | str:
+        """A batch; or a sentence, because an exception would cross processes as a traceback."""
+        try:
+            return self._batch(picks)
+        except UserError as error:
+            return str(error)
+
+    def _batch(self, picks: Sequence[Pick]) -> Batch:
+        groups: list[Tensor] = []
+        for column, pick in enumerate(picks):
+            name = self.source.name(pick.index)
+            image = decode(self.source.read(pick.index), name)
+            view_number = 0
+            for number, views in enumerate(self.groups):
+                for row, view in enumerate(views):
+                    rng = stream("crop", self.seed, pick.epoch, pick.index, view_number)
+                    parameters = sample_crop(view, image.height, image.width, rng)
+                    pixels = _channels_first(view.render(image, parameters))  # (C, S, S)
+                    if number == len(groups):
+                        groups.append(pixels.new_empty((len(views), len(picks), *pixels.shape)))
+                    groups[number][row, column] = pixels
+                    view_number += 1
+        return Batch(
+            groups,
+            torch.tensor([pick.index for pick in picks]),
+            torch.tensor([pick.place for pick in picks]),
+        )
+
+
+def _channels_first(pixels: np.ndarray | Tensor) -> Tensor:
+    if isinstance(pixels, Tensor):
+        return pixels
+    # Pillow's memory is read-only, and is copied into the batch right after.
+    return torch.from_numpy(np.array(pixels, copy=not pixels.flags.writeable)).permute(2, 0, 1)
+
+
+def _as_it_is(batch: Batch | str) -> Batch | str:
+    return batch

@@ -1,0 +1,346 @@
+"""Where images come from: how many there are, the bytes or pixels of one, its label and its name.
+
+A source lists, and reads on request; it decodes nothing. ``_OPENERS`` is the table of kinds that
+``--data_path`` can name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dino_kit import log
+from dino_kit.errors import UserError
+from dino_kit.randomness import stream
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()  # those that torchvision lists
+)
+DIGITS = "digits"
+_TRAIN, _QUERIES = "train", ("val", "test")
+
+
+class Source(Protocol):
+    """A list of images. Sources are sent to worker processes, so they can be pickled."""
+
+    classes: list[str] | None  # names of the labels, in order; None where there are no labels
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The encoded image, or its pixels (H, W, 3) uint8."""
+
+    def label(self, index: int) -> int | None:
+        """A place in ``classes``, or None."""
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+
+class FolderSource:
+    """Images at any depth below ``root``; the class is the first folder below it.
+
+    Where an image lies in ``root`` itself there are no classes. The order does not depend on the
+    file system: it is that of the paths, part by part. Hidden files and folders are left out.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = str(root)
+        if not os.path.isdir(self.root):
+            kind = "a file" if os.path.exists(self.root) else "nothing"
+            raise UserError(f"{self.root} should be a folder of images, and there is {kind}.")
+        others: Counter[str] = Counter()
+        self.paths = sorted(_list_images(self.root, others), key=_order)
+        if not self.paths:
+            raise UserError(
+                f"There is no image in {self.root}: looked at every depth for "
+                f"{', '.join(sorted(EXTENSIONS))} and found {_count(others)}."
+            )
+        flat = any("/" not in path for path in self.paths)
+        self.classes = None if flat else sorted({_first(path) for path in self.paths}, key=_order)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        path = self.name(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    def label(self, index: int) -> int | None:
+        return None if self.classes is None else self._places[_first(self.paths[index])]
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, *self.paths[index].split("/"))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.classes)}
+
+
+class DigitsSource:
+    """Handwritten digits of scikit-learn, 8 × 8 pixels: 80 % of each class to train, the rest to test.
+
+    The split is drawn once and for all, class by class. With ``moved`` each digit lies at a place
+    of its own on a canvas of 12 × 12 pixels, up to a quarter of its side from the middle, in
+    colours of its own; these are drawn once too.
+    """
+
+    def __init__(self, split: str, moved: bool = False):
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        chosen = []
+        for digit in range(10):
+            of_class = np.flatnonzero(labels == digit)
+            order = stream("digits split", digit).permutation(of_class)
+            cut = round(0.8 * len(order))
+            chosen.append(order[:cut] if split == _TRAIN else order[cut:])
+        self._rows = np.sort(np.concatenate(chosen))
+        self._labels = labels[self._rows]
+        ink = pixels[self._rows].reshape(-1, 8, 8) / 16.0  # 0 paper … 1 ink
+        self._images = np.stack(
+            [_moved(one, row) if moved else _plain(one)
+             for one, row in zip(ink, self._rows, strict=True)]
+        )
+        self.classes = [str(digit) for digit in range(10)]
+        self._kind = "digits:moved" if moved else DIGITS
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> np.ndarray:
+        return self._images[index]
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self._kind}[{self._rows[index]}]"
+
+
+class Subset:
+    """Some images of another source, in the order of ``indices``."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices, self.classes = source, list(indices), source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(self.indices[index])
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+
+def open_training_source(data_path: str) -> Source:
+    """What ``--data_path`` means to a run that pretrains: all images, or those of ``train/``.
+
+    Raises:
+        UserError: nothing there can be read as images; the sentence says what was found.
+    """
+    if (digits := _open_digits(data_path, _TRAIN)) is not None:
+        return digits
+    root = Path(data_path)
+    if (root / _TRAIN).is_dir() and any((root / name).is_dir() for name in _QUERIES):
+        log.say(f"{root} is split: training reads {root / _TRAIN}")
+        root = root / _TRAIN
+    _refuse_unknown_kind(data_path)
+    return FolderSource(root)
+
+
+def open_labelled_sources(
+    data_path: str | None = None,
+    train_data: str | None = None,
+    val_data: str | None = None,
+    val_share: float = 0.2,
+) -> tuple[Source, Source]:
+    """The two labelled sets of an evaluation: the bank that is searched, and the queries.
+
+    Either ``data_path``, a root with ``train/`` and ``val/`` (or ``test/``), one labelled folder,
+    of which the share ``val_share`` is held out by a hash of the names, or ``digits``; or both
+    ``train_data`` and ``val_data``.
+
+    Raises:
+        UserError: the flags do not fit together, an image has no label, or a query has a class
+            that the bank lacks.
+    """
+    if train_data or val_data:
+        if data_path or not (train_data and val_data):
+            raise UserError("Give either --data_path, or both --train_data and --val_data.")
+        bank, queries = _open_one(train_data, _TRAIN), _open_one(val_data, "val")
+    elif not data_path:
+        raise UserError(
+            "There is no labelled data to evaluate on: give --data_path, or --train_data and "
+            "--val_data."
+        )
+    elif (digits := _open_digits(data_path, _TRAIN)) is not None:
+        bank, queries = digits, _open_digits(data_path, "test")
+    else:
+        bank, queries = _open_root(data_path, val_share)
+    return _with_same_classes(bank, queries)
+
+
+def _open_digits(data_path: str, split: str) -> DigitsSource | None:
+    if data_path in (DIGITS, "digits:moved") and not os.path.exists(data_path):
+        return DigitsSource(split, moved=data_path != DIGITS)
+    return None
+
+
+def _open_one(path: str, split: str) -> Source:
+    digits = _open_digits(path, split)
+    if digits is not None:
+        return digits
+    _refuse_unknown_kind(path)
+    return FolderSource(path)
+
+
+def _open_root(data_path: str, val_share: float) -> tuple[Source, Source]:
+    _refuse_unknown_kind(data_path)
+    root = Path(data_path)
+    query_folders = [root / name for name in _QUERIES if (root / name).is_dir()]
+    if (root / _TRAIN).is_dir() and query_folders:
+        return FolderSource(root / _TRAIN), FolderSource(query_folders[0])
+    if (root / _TRAIN).is_dir() != bool(query_folders):
+        there = _TRAIN if (root / _TRAIN).is_dir() else query_folders[0].name
+        raise UserError(
+            f"{root} has a folder {there}/ but not the other half of a split (train/ and val/ or "
+            "test/); name both folders by --train_data and --val_data."
+        )
+    whole = FolderSource(root)
+    _require_labels(whole)
+    held_out = [_hash_share(path) < val_share for path in whole.paths]
+    bank = [i for i, out in enumerate(held_out) if not out]
+    queries = [i for i, out in enumerate(held_out) if out]
+    if not bank or not queries:
+        raise UserError(
+            f"--val_share {val_share} of the {len(whole)} images in {root} leaves "
+            f"{len(bank)} to search and {len(queries)} to classify; both need at least one."
+        )
+    return Subset(whole, bank), Subset(whole, queries)
+
+
+def _with_same_classes(bank: Source, queries: Source) -> tuple[Source, Source]:
+    for source in (bank, queries):
+        _require_labels(source)
+    if bank.classes == queries.classes:
+        return bank, queries
+    unknown = sorted(set(queries.classes) - set(bank.classes))
+    if unknown:
+        raise UserError(
+            f"The images to classify have classes that the training images lack: "
+            f"{', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}."
+        )
+    return bank, _Relabelled(queries, bank.classes)
+
+
+class _Relabelled(Subset):
+    """A source whose labels count in the classes of another."""
+
+    def __init__(self, source: Source, classes: list[str]):
+        super().__init__(source, range(len(source)))
+        self._places = [classes.index(name) for name in source.classes]
+        self.classes = classes
+
+    def label(self, index: int) -> int:
+        return self._places[self.source.label(index)]
+
+
+def _require_labels(source: Source) -> None:
+    if source.classes is None:
+        place = getattr(source, "root", "The data")
+        raise UserError(
+            f"{place} has no labels, which an evaluation needs: there are images that lie in no "
+            "folder named for their class."
+        )
+
+
+def _refuse_unknown_kind(data_path: str) -> None:
+    kind, colon, _ = data_path.partition(":")
+    # A single letter before the colon is a drive.
+    if colon and len(kind) > 1 and not os.path.exists(data_path):
+        raise UserError(
+            f"{data_path} is neither a folder nor a known kind of data; give a folder of images, "
+            f"{DIGITS} or digits:moved."
+        )
+
+
+def _list_images(root: str, others: Counter[str]) -> list[str]:
+    """Paths of images relative to ``root``, parts joined by "/"; ``others`` counts what is not."""
+    found: list[str] = []
+    folders = [("", (os.path.realpath(root),))]
+    while folders:
+        prefix, ancestors = folders.pop()
+        try:
+            entries = list(os.scandir(os.path.join(root, *prefix.split("/"))))
+        except OSError as error:
+            raise UserError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else (
+                    os.path.join(ancestors[-1], entry.name))
+                if real not in ancestors:  # a link to a folder above would never end
+                    folders.append((path, (*ancestors, real)))
+            elif extension in EXTENSIONS:
+                found.append(path)
+            else:
+                others[extension or "no extension"] += 1
+    return found
+
+
+def _order(path: str) -> tuple:
+    # Some file systems hand out decomposed names; the order is that of the composed ones.
+    return tuple(unicodedata.normalize("NFC", path).split("/")), path
+
+
+def _first(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _count(others: Counter[str]) -> str:
+    if not others:
+        return "no files at all"
+    return "only " + ", ".join(f"{n} × {extension}" for extension, n in others.most_common(3))
+
+
+def _hash_share(path: str) -> float:
+    """A number in [0, 1) that depends on the name alone, so that new images move no old one."""
+    name = unicodedata.normalize("NFC", path).encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
+
+
+def _plain(ink: np.ndarray) -> np.ndarray:
+    return np.repeat((ink * 255).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _moved(ink: np.ndarray, row: int) -> np.ndarray:
+    rng = stream("moved digit", int(row))
+    canvas = np.zeros((12, 12, 1))
+    top, left = rng.integers(0, 5, size=2)
+    canvas[top : top + 8, left : left + 8, 0] = ink
+    dark, light = rng.uniform(0.0, 0.4, size=3), rng.uniform(0.6, 1.0, size=3)
+    paper, pen = (dark, light) if rng.random() < 0.5 else (light, dark)
+    return ((paper + (pen - paper) * canvas) * 255).round().astype(np.uint8)
