@@ -1,0 +1,231 @@
+"""``dino-kit knn``: weighted k-nearest-neighbour accuracy of a checkpoint on labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_kit import distributed, files, log
+from dino_kit.config import fields
+from dino_kit.config.evaluate import KnnConfig
+from dino_kit.data.augment import eval_sizes
+from dino_kit.data.loader import default_workers
+from dino_kit.data.sources import open_labelled_sources
+from dino_kit.errors import UserError
+from dino_kit.evaluators.knn import knn
+from dino_kit.features import extract
+from dino_kit.weights import Loaded, load
+
+# The reference's four files of features, and one that says where they come from.
+_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
+_ORIGIN = "features.json"
+_PACKAGES = ("dino_kit", "torch", "faiss-cpu", "numpy", "pillow")
+
+
+def run(config: KnnConfig) -> None:
+    """Classify each query by its neighbours; print a table and write it as JSON.
+
+    Raises:
+        UserError: checkpoint, data and flags do not fit; nothing is written then.
+    """
+    if not distributed.is_main():
+        return  # the first process does the work, which takes no process group
+    for flag in ("output_dir", "dump_features"):
+        folder = getattr(config, flag)
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"--{flag} {folder} is a file; a folder is needed.")
+    if config.load_features:
+        target = Path(config.output_dir or config.load_features) / "knn.json"
+        arrays, origin = _read(Path(config.load_features))
+        if config.weights:
+            log.notice(f"--load_features reads features, so {config.weights} is not used.")
+    else:
+        loaded = load(
+            config.weights,
+            config.checkpoint_key,
+            arch=config.arch,
+            patch_size=config.patch_size,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+        )
+        log.say(loaded.summary())
+        target = _target(config.output_dir, loaded)
+        arrays, origin = _extract(config, loaded)
+
+    train, train_labels, test, test_labels = arrays
+    with log.progress(len(test), "neighbours") as advance:
+        results = knn(
+            train, train_labels, test, test_labels, config.nb_knn, config.temperature,
+            advance=advance,
+        )  # fmt: skip
+    counts = {
+        "train_images": len(train),
+        "test_images": len(test),
+        "classes": int(max(train_labels.max(), test_labels.max())) + 1,
+    }
+    chance = 100.0 * float((test_labels == train_labels.mode().values).double().mean())
+    if config.dump_features:
+        _write(Path(config.dump_features), arrays, origin)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(
+        target,
+        {
+            "results": {str(k): percents for k, percents in results.items()},
+            "largest_class_percent": chance,
+            "temperature": config.temperature,
+            **counts,
+            **origin,
+            "settings": fields.to_plain(config),
+            "command": _command(config),
+            "versions": _versions(),
+        },
+    )
+    rows = [(str(k), *map(_percent, both.values())) for k, both in results.items()]
+    log.table("k-NN accuracy, %", ["k", "top-1", "top-5"], rows)
+    log.say(
+        f"{counts['test_images']:,} images classified by {counts['train_images']:,} in "
+        f"{counts['classes']} classes; answering always with the largest class gives {chance:.2f} %"
+    )
+    log.say(f"written to {target}")
+
+
+def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """L2-normalised features and labels of the bank and of the queries, and their origin."""
+    transform = loaded.transform
+    if config.image_size is not None:
+        transform = transform._replace(image_size=config.image_size)
+    size, patch = transform.image_size, loaded.backbone.patch_size
+    if size % patch:
+        raise UserError(
+            f"--image_size {size} is not a multiple of the patch size {patch}; the nearest that "
+            f"is: {max(patch, patch * round(size / patch))}."
+        )
+    device = distributed.choose_device(config.device)
+    sources = open_labelled_sources(
+        config.data_path, config.train_data, config.val_data, config.val_share
+    )
+    arrays: list[Tensor] = []
+    for source, description in zip(sources, ("features (bank)", "features (queries)"), strict=True):
+        features, labels = extract(
+            loaded.backbone,
+            source,
+            **transform._asdict(),
+            batch_size=config.batch_size_per_gpu,
+            num_workers=default_workers() if config.num_workers is None else config.num_workers,
+            device=device,
+            description=description,
+        )
+        arrays += [F.normalize(features, dim=1), labels]
+    resize, crop = eval_sizes(size)
+    origin = {
+        "checkpoint": {
+            "path": str(Path(loaded.path).absolute()),
+            "sha256": loaded.sha256,
+            "network": loaded.which,
+            "epoch": loaded.epoch,
+            "step": loaded.step,
+        },
+        "architecture": loaded.architecture,
+        "transform": {
+            "resize": resize,
+            "interpolation": "bicubic",
+            "center_crop": crop,
+            "mean": list(transform.mean),
+            "std": list(transform.std),
+        },
+        "data": {
+            name: getattr(config, name)
+            for name in ("data_path", "train_data", "val_data", "val_share")
+        },
+        "class_names": sources[0].classes,
+        "device": str(device),
+    }
+    return tuple(arrays), origin
+
+
+def _target(output_dir: str | None, loaded: Loaded) -> Path:
+    """``knn.json`` beside ``checkpoint.pth``; another checkpoint or network has its own name."""
+    path = Path(loaded.path)
+    parts = ["knn"]
+    if path.name != "checkpoint.pth":
+        parts.append(path.stem)
+    if loaded.which not in (None, "teacher"):
+        parts.append(loaded.which)
+    return Path(output_dir or path.parent) / f"{'_'.join(parts)}.json"
+
+
+def _write(folder: Path, arrays: tuple[Tensor, ...], origin: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(_FILES, arrays, strict=True):
+        with files.atomic_write(folder / name) as file:
+            torch.save(array, file)
+    files.write_json(folder / _ORIGIN, origin)
+    log.say(f"features written to {folder}")
+
+
+def _read(folder: Path) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What :func:`_write` or the reference wrote to ``folder``."""
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--load_features {folder} lacks {', '.join(missing)}; --dump_features writes them."
+        )
+    arrays = tuple(_read_tensor(folder / name) for name in _FILES)
+    origin: dict[str, Any] = {"features": {"path": str(folder.absolute())}}
+    origin["features"] |= {name: files.sha256(folder / name) for name in _FILES}
+    if (folder / _ORIGIN).is_file():
+        try:
+            text = (folder / _ORIGIN).read_text(encoding="utf-8")
+            origin["features"]["origin"] = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{folder / _ORIGIN} is damaged: {error}.") from error
+    return arrays, origin
+
+
+def _read_tensor(path: Path) -> Tensor:
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything at a damaged file
+        raise UserError(f"{path} is not a tensor that PyTorch can read, or is damaged.") from error
+    if not isinstance(tensor, Tensor) or not tensor.ndim:
+        raise UserError(f"{path} holds a {type(tensor).__name__} where a tensor of rows is needed.")
+    return tensor
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _command(config: KnnConfig) -> str:
+    """A command line that repeats this evaluation."""
+    words = ["dino-kit", "knn"]
+    if config.weights:
+        words.append(config.weights)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in ("checkpoint", "pretrained_weights"):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name}", *map(str, values)]
+    return shlex.join(words)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # such as faiss from a source other than its wheel
+            found[name] = None
+    return found

@@ -1,0 +1,164 @@
+"""Where the last block's attention goes.
+
+Source: Caron et al. 2021, section 4.2.2 and figure 3: the attention of the class token to the
+patches, head by head, and the mask of those that hold a share of its mass.
+
+Legend: C channels, H and W pixels, N = h·w patches, P prefix tokens (the class token first), T = P+N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.errors import UserError
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+
+# One head's map of so many tokens fills 1 GiB in float32, and a dozen such maps are held at once.
+_MOST_TOKENS = 1 << 14
+
+
+def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image.Image:
+    """The picture whose patches are looked at: ``image`` resized, then cut to whole patches.
+
+    Args:
+        image: a picture of any size.
+        image_size: height and width in pixels; one number is the length of the shorter side.
+        patch_size: side of a patch in pixels. What is over at the right and below is cut off.
+
+    Raises:
+        UserError: the resized picture is smaller than a patch.
+    """
+    width, height = image.size
+    if len(image_size) == 2:
+        rows, columns = image_size
+    elif width <= height:
+        rows, columns = int(image_size[0] * height / width), image_size[0]
+    else:
+        rows, columns = image_size[0], int(image_size[0] * width / height)
+    if min(rows, columns) < patch_size:
+        raise UserError(
+            f"--image_size {' '.join(map(str, image_size))} makes the image {rows} × {columns} "
+            f"pixels, smaller than a patch of {patch_size} × {patch_size}; give {patch_size} or more."
+        )
+    if (columns, rows) != image.size:
+        image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    return image.crop((0, 0, columns - columns % patch_size, rows - rows % patch_size))
+
+
+def to_tensor(
+    image: Image.Image,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """An RGB ``image`` as a backbone sees it, ``(3, H, W)``."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return Normalize(mean, std)(pixels)
+
+
+def require_attention(backbone: nn.Module) -> None:
+    """Raises :class:`UserError` where ``backbone`` has no attention between all of its tokens."""
+    if not isinstance(backbone, HasSelfAttention):
+        raise UserError(
+            f"{type(backbone).__name__} has no self-attention among all of its tokens, so there "
+            "are no attention maps to show; a vision transformer has them."
+        )
+
+
+def attention_rows(backbone: nn.Module, image: Tensor) -> Tensor:
+    """What every token looks at: its attention to each patch in the last block, head by head.
+
+    Args:
+        backbone: one with ``get_last_selfattention``; it runs in eval mode and float32.
+        image: ``(C, H, W)``, normalised, on the backbone's device; its sides are multiples of the
+            patch size.
+
+    Returns:
+        ``(heads, T, N)`` float32 on the CPU; the prefix tokens' rows come first. A row sums to at
+        most 1: the rest goes to the prefix tokens.
+
+    Raises:
+        UserError: no self-attention; an image that does not fit the backbone, or of so many
+            patches that their maps do not fit into memory.
+    """
+    attention = _attention(backbone, image)
+    return attention[:, :, backbone.num_prefix_tokens :].float().cpu()
+
+
+def attention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
+    """The class token's attention to each patch, ``(heads, h, w)``; else as attention_rows."""
+    prefix = backbone.num_prefix_tokens
+    rows = _attention(backbone, image)[:, 0, prefix:].float().cpu()
+    return rows.unflatten(1, _grid(backbone, image))
+
+
+def threshold_mask(attention: Tensor, keep: float) -> Tensor:
+    """The fewest patches that together hold more than ``keep`` of the attention's mass.
+
+    Patches are left out from the weakest on while what is left out is at most ``1 - keep`` of the
+    sum; among equal ones the earlier goes first.
+
+    Args:
+        attention: ``(heads, N)``, from 0; each row is taken by itself.
+        keep: the share of the mass, above 0 and at most 1.
+
+    Returns:
+        ``(heads, N)`` bool, on the CPU.
+
+    Raises:
+        UserError: ``keep`` is no such share.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise UserError(f"The share of attention to keep is {keep}; it is above 0 and at most 1.")
+    # On the CPU, as a device's cumulative sum may round in another order each time.
+    values, order = attention.float().cpu().sort(dim=1, stable=True)
+    kept = (values / values.sum(dim=1, keepdim=True)).cumsum(dim=1) > 1 - keep
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def smaller_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:
+    """Patches down and across, in the proportion of ``grid``, at most ``most`` in all."""
+    rows, columns = grid
+    if rows * columns <= most:
+        return grid
+    scale = math.sqrt(most / (rows * columns))
+    rows = min(max(1, int(rows * scale)), most)
+    return rows, min(max(1, int(columns * scale)), most // rows)
+
+
+def _grid(backbone: nn.Module, image: Tensor) -> tuple[int, int]:
+    return image.shape[1] // backbone.patch_size, image.shape[2] // backbone.patch_size
+
+
+def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
+    require_attention(backbone)
+    rows, columns = _grid(backbone, image)
+    advice = (
+        f"{image.shape[1]} × {image.shape[2]} pixels are {rows * columns:,} patches of "
+        f"{backbone.patch_size} × {backbone.patch_size}"
+    )
+    if rows * columns > _MOST_TOKENS:
+        raise UserError(
+            f"{advice}, and attention is looked at among {_MOST_TOKENS:,} at most; give a smaller "
+            "--image_size."
+        )
+    training = backbone.training
+    backbone.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(image.device.type, enabled=False):
+            return backbone.get_last_selfattention(image[None])[0]
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error):
+            raise UserError(
+                f"{advice}, whose attention maps do not fit into memory; give a smaller "
+                "--image_size."
+            ) from error
+        raise
+    finally:
+        backbone.train(training)

@@ -1,0 +1,119 @@
+"""The features of a source's images, extracted once, for every evaluator.
+
+Legend: n images, B batch, S pixels of a side, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dino_kit import log
+from dino_kit.data.augment import center_view, eval_sizes
+from dino_kit.data.decode import decode
+from dino_kit.data.sources import Source
+from dino_kit.errors import UserError
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+
+
+def extract(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    image_size: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    description: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """Pooled features and labels of all images, in the order of the source, on the CPU.
+
+    Images are resized and cut at the centre as after training at ``image_size`` (see
+    :func:`~dino_kit.data.augment.eval_sizes`), travel as 8-bit pixels, and are normalised on the
+    device. The backbone runs in eval mode and in its own precision; it stays on ``device``.
+
+    Args:
+        backbone: images (B, 3, S, S) to (B, D).
+        source: labelled images.
+        image_size: side in pixels that the backbone was trained at.
+        mean, std: of each channel, pixels in [0, 1].
+        batch_size: B.
+        num_workers: processes that read and prepare images; 0 for this one.
+        device: where the backbone runs.
+        description: what the progress line calls it.
+
+    Returns:
+        Features (n, D), float32, and labels (n,), int64.
+
+    Raises:
+        UserError: an image has no label, or cannot be read; the sentence names it.
+    """
+    labels = _labels(source)
+    device = torch.device(device)
+    backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
+    loader = DataLoader(
+        _Views(source, *eval_sizes(image_size)),
+        batch_size=batch_size,
+        # More processes than batches would start only to stop.
+        num_workers=min(num_workers, -(-len(source) // batch_size)),
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+    )
+    features = torch.empty(len(source), backbone.embed_dim)
+    done, training = 0, backbone.training
+    backbone.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, enabled=False),
+            log.progress(len(source), description) as advance,
+        ):
+            for pixels in loader:
+                if isinstance(pixels, str):
+                    raise UserError(pixels)
+                images = normalize(pixels.to(device, non_blocking=True))  # (B, 3, S, S)
+                features[done : done + len(images)] = backbone(images)
+                done += len(images)
+                advance(len(images))
+    finally:
+        backbone.train(training)
+    return features, labels
+
+
+def _labels(source: Source) -> Tensor:
+    labels = [source.label(index) for index in range(len(source))]
+    if None in labels:
+        raise UserError(
+            f"{source.name(labels.index(None))} has no label; an evaluation needs one for every "
+            "image."
+        )
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+class _Views(Dataset):
+    def __init__(self, source: Source, resize: int, crop: int):
+        self.source, self.resize, self.crop = source, resize, crop
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor | str:
+        """(B, 3, S, S) uint8; or a sentence, as an exception crosses processes as a traceback."""
+        batch = np.empty((len(indices), self.crop, self.crop, 3), dtype=np.uint8)
+        try:
+            for place, index in enumerate(indices):
+                image = decode(self.source.read(index), self.source.name(index))
+                batch[place] = center_view(image, self.resize, self.crop)
+        except UserError as error:
+            return str(error)
+        return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+
+
+def _as_it_is(batch: Tensor | str) -> Tensor | str:
+    return batch

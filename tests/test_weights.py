@@ -1,0 +1,307 @@
+"""From checkpoints of every layout to a backbone; and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dino_kit
+from dino_kit import files
+from dino_kit.backbones.build import create_backbone
+from dino_kit.config.architectures import VIT_SIZES
+from dino_kit.errors import UserError
+from dino_kit.weights import load, load_backbone
+
+SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2.5}
+
+
+def build(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return create_backbone("vit", **{"image_size": 16, **SIZES, **changes}).eval()
+
+
+def prefixed(backbone, prefix: str) -> dict:
+    state = {f"{prefix}backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state[f"{prefix}head.mlp.0.weight"] = torch.zeros(3, 24)
+    return state
+
+
+def own_checkpoint(path, **changes):
+    """A run's checkpoint; returns teacher and student."""
+    teacher, student = build(), build(drop_path_rate=0.1)
+    with torch.no_grad():
+        student.cls_token += 1
+    content = {
+        "student": prefixed(student, "module."),
+        "teacher": prefixed(teacher, ""),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []},
+        "epoch": 2,
+        "step": 40,
+        "config": {"arch": "vit", "global_crops_size": 16, "out_dim": 9, **SIZES},
+        "dino_loss": {"center": torch.zeros(1, 9)},
+    }
+    torch.save({**content, **changes}, path)
+    return teacher, student
+
+
+def same(backbone, other, size: int = 16) -> bool:
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return torch.equal(backbone(images), other(images))
+
+
+def test_a_runs_checkpoint_by_file_and_by_folder(tmp_path):
+    teacher, student = own_checkpoint(tmp_path / "checkpoint.pth")
+    loaded = load(tmp_path)
+    assert same(loaded.backbone, teacher) and not loaded.backbone.training
+    assert loaded.matched == len(teacher.state_dict()) and f"{loaded.matched} tensors" in (
+        loaded.summary()
+    )
+    assert (loaded.which, loaded.epoch, loaded.step) == ("teacher", 2, 40)
+    assert loaded.path == str(tmp_path / "checkpoint.pth")
+    assert loaded.transform.image_size == 16
+    assert same(load_backbone(tmp_path / "checkpoint.pth", which="student"), student)
+
+
+def test_a_teacher_under_the_data_parallel_prefix(tmp_path):
+    teacher = build()
+    own_checkpoint(tmp_path / "checkpoint.pth", teacher=prefixed(teacher, "module."))
+    assert same(load_backbone(tmp_path), teacher)
+
+
+def test_loading_leaves_the_callers_random_numbers_alone(tmp_path):
+    own_checkpoint(tmp_path / "checkpoint.pth")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_golden_reference_checkpoint(golden, which):
+    """The sizes are given explicitly, as its name says something else than its tensors."""
+    sizes = json.loads(str(golden("trajectory_adamw")["config"]))["backbone"]
+    path = golden.path("reference_full_checkpoint.pth")
+    loaded = load(
+        path,
+        which,
+        **{name: sizes[name] for name in ("patch_size", "embed_dim", "depth", "num_heads",
+                                          "mlp_ratio")},
+    )
+    # The weights with which the reference ended that trajectory.
+    prefix = f"final_{which}/"
+    expected = {
+        name.removeprefix(prefix): torch.from_numpy(value)
+        for name, value in golden("trajectory_adamw").items()
+        if name.startswith(prefix)
+    }
+    content = files.read_weights(path)
+    saved = {name.removeprefix("module."): value for name, value in content[which].items()}
+    center = torch.from_numpy(golden("trajectory_adamw")[f"step{_last_step(golden)}/center"])
+    torch.testing.assert_close(content["dino_loss"]["center"], center, rtol=0, atol=1e-6)
+    torch.testing.assert_close(saved, expected, rtol=0, atol=1e-6)
+    expected = {
+        name.removeprefix("backbone."): value
+        for name, value in expected.items()
+        if name.startswith("backbone.")
+    }
+    found = dict(loaded.backbone.state_dict())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert loaded.matched == len(expected)
+    assert loaded.backbone.num_heads == sizes["num_heads"]
+    assert loaded.transform.image_size == sizes["img_size"]
+    by_shapes = load_backbone(path, which, num_heads=sizes["num_heads"])
+    assert same(loaded.backbone, by_shapes, sizes["img_size"])
+
+
+def _last_step(golden) -> int:
+    config = json.loads(str(golden("trajectory_adamw")["config"]))
+    return config["epochs"] * config["steps_per_epoch"] - 1
+
+
+def test_golden_reference_checkpoint_needs_the_number_of_heads(golden):
+    with pytest.raises(UserError, match="called vit_tiny, but .* give --num_heads"):
+        load(golden.path("reference_full_checkpoint.pth"))
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    content = {"teacher": prefixed(build(), ""), "args": _RunsCode()}
+    torch.save(content, "checkpoint.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
+def test_a_bare_backbone_of_a_published_size_needs_no_flags(tmp_path, name):
+    backbone = create_backbone(name, patch_size=16, image_size=32).eval()
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    loaded = load(tmp_path / "bare.pth")
+    assert loaded.architecture["name"] == name
+    assert loaded.architecture["num_heads"] == VIT_SIZES[name]["num_heads"]
+    assert loaded.which is None and loaded.transform.image_size == 32
+    assert same(loaded.backbone, backbone, 32)
+
+
+def test_a_bare_backbone_of_other_sizes_needs_the_number_of_heads(tmp_path):
+    backbone = build(in_chans=5, qkv_bias=False, image_size=24)
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="give --num_heads"):
+        load(tmp_path / "bare.pth")
+    found = load(tmp_path / "bare.pth", num_heads=2).architecture
+    assert found == {"name": "vit", "image_size": 24, "in_chans": 5, "qkv_bias": False, **SIZES}
+
+
+@pytest.mark.parametrize("width, hidden", [(24, 60), (21, 51), (45, 49), (27, 127)])
+def test_the_mlps_width_is_met_exactly(tmp_path, width, hidden):
+    ratio = (hidden + 0.5) / width
+    backbone = create_backbone(
+        "vit", patch_size=4, image_size=8, embed_dim=width, depth=1, num_heads=3, mlp_ratio=ratio
+    )
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    loaded = load_backbone(tmp_path / "bare.pth", num_heads=3)
+    assert loaded.blocks[0].mlp.fc1.out_features == hidden
+
+
+def test_an_old_name_in_the_arguments_is_understood(tmp_path):
+    backbone = create_backbone("vit_small", patch_size=8, image_size=16, depth=12)
+    arguments = argparse.Namespace(arch="deit_small", patch_size=8)
+    torch.save({"teacher": prefixed(backbone, ""), "args": arguments}, tmp_path / "x.pth")
+    assert load(tmp_path / "x.pth", arch="vit_small").architecture["num_heads"] == 6
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"patch_size": 8}, r"--patch_size 8 contradicts .*checkpoint.pth, whose .* patch_size 4"),
+        ({"embed_dim": 48}, "--embed_dim 48 contradicts .* embed_dim 24"),
+        ({"depth": 3}, "--depth 3 contradicts .* depth 2"),
+        ({"in_chans": 1}, "--in_chans 1 contradicts .* in_chans 3"),
+        ({"mlp_ratio": 4.0}, r"--mlp_ratio 4.0 contradicts .* mlp_ratio 2\.5"),
+        ({"num_heads": 3}, "--num_heads 3 contradicts .* of 2 heads"),
+        ({"arch": "vit_small"}, "--arch vit_small contradicts .* says that it is vit"),
+        ({"arch": "resnet50"}, "does not build"),
+        ({"which": "momentum"}, "no network 'momentum'; it holds student, teacher"),
+    ],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(tmp_path, flags, message):
+    own_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, **flags)
+
+
+def test_flags_that_agree_are_welcome(tmp_path):
+    own_checkpoint(tmp_path / "checkpoint.pth")
+    assert load(tmp_path, arch="vit", in_chans=3, **SIZES).backbone.num_heads == 2
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_a_named_architecture_by_flag_has_to_have_the_tensors_sizes(tmp_path, heads):
+    torch.save(build().state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="--arch vit_tiny contradicts .* --embed_dim and --depth"):
+        load(tmp_path / "bare.pth", arch="vit_tiny", num_heads=heads)
+
+
+def test_a_named_architecture_has_its_own_heads(tmp_path):
+    backbone = create_backbone("vit_tiny", patch_size=16, image_size=32)
+    content = {"teacher": prefixed(backbone, ""), "config": {"arch": "vit_tiny"}}
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="--num_heads 6 contradicts .* of 3 heads"):
+        load(tmp_path / "x.pth", num_heads=6)
+
+
+def test_a_file_that_contradicts_itself_is_refused(tmp_path):
+    own_checkpoint(tmp_path / "checkpoint.pth", config={**SIZES, "arch": "vit", "patch_size": 8})
+    with pytest.raises(UserError, match="says patch_size 8, and its tensors have 4; --patch_size"):
+        load(tmp_path)
+    assert load(tmp_path, patch_size=4).backbone.patch_size == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("norm.bias"), r"lacks norm\.bias\.$"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"has extra besides\.$"),
+        (lambda s: s.update(cls_token=torch.zeros(1, 1, 5)), r"cls_token is \(1, 1, 5\)"),
+        (lambda s: s.update(cls_token=3), "cls_token is int"),
+        (lambda s: s.pop("pos_embed"), "no tensor pos_embed with 3 dimensions"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 16, 24)), "15 position embeddings"),
+        (lambda s: s.update({"blocks.1000000000.norm1.bias": torch.zeros(24)}), "besides"),
+        (
+            lambda s: [s.pop(name) for name in list(s) if name.startswith("blocks.1.attn")]
+            + [s.pop(name) for name in list(s) if name.startswith("blocks.1.mlp")],
+            r"lacks blocks\.1\.attn\.qkv\.weight, .* and 5 more\.$",
+        ),
+    ],
+)
+def test_loading_is_strict(tmp_path, change, message):
+    state = dict(build().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "bare.pth", num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"not a checkpoint", "not a checkpoint"),
+        ({"a": 1, "b": 2}, "holds no weights; what it holds: a, b"),
+        ({}, "holds no weights; what it holds: nothing"),
+        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "no vision transformer"),
+        ([torch.zeros(3)], "list"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no file .*nothing.pth"):
+        load(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        ([], "it has nothing in it"),
+        (["a.txt", "b.txt"], "no run's folder; it has a.txt, b.txt"),
+        (["checkpoint0003.pth", "log.txt"], "it has checkpoint0003.pth: give that file's path"),
+    ],
+)
+def test_a_folder_without_a_checkpoint_says_what_it_has(tmp_path, found, message):
+    for name in found:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+def test_the_package_offers_the_two_ways_in_and_imports_torch_only_for_them(tmp_path):
+    teacher, _ = own_checkpoint(tmp_path / "checkpoint.pth")
+    assert same(dino_kit.load_backbone(str(tmp_path)), teacher)
+    assert dino_kit.create_backbone("vit", image_size=16, **SIZES).embed_dim == 24
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dino_kit.nothing  # noqa: B018
+    program = (
+        "import dino_kit, sys; dino_kit.__version__, dir(dino_kit);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
