@@ -25,6 +25,7 @@ FLOORS = {
     "dino_kit.schedules": 1,
     "dino_kit.ema": 1,
     "dino_kit.heads": 1,
+    "dino_kit.normalize": 1,
     "dino_kit.backbones": 2,
     "dino_kit.objectives": 2,
     "dino_kit.data.loader": 2,
