@@ -67,7 +67,7 @@ class Run:
 
     def save(self, done: int) -> None:
         """Write the checkpoint of ``done`` steps, and its copy for good where one is due."""
-        state = self.learner.state_dict()
+        state, monitored = self.learner.state_dict(), self.monitor.state_dict()
         if not distributed.is_main():
             return
         epoch, rest = divmod(done, self.loader.steps_per_epoch)
@@ -78,7 +78,7 @@ class Run:
             "config": fields.to_plain(self.config),
             "images": len(self.source),
             "skipped": vars(self.skipped).copy(),
-            "monitor": self.monitor.state_dict(),
+            "monitor": monitored,
         }
         due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
         checkpoint.save(
@@ -92,13 +92,17 @@ class Run:
         return f"its images are {', '.join(names[:5])}{more}"
 
 
-def assemble(config: TrainConfig) -> Run:
+def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None) -> Run:
     """Build the run that ``config`` describes, and load its newest checkpoint if there is one.
+
+    ``views``, by crop size and the two global ones first, take the place of those that
+    :func:`view_groups` makes of ``config``.
 
     Raises:
         UserError: something in the configuration, the data or the folder does not fit.
     """
     architectures.require_buildable(config.arch)
+    files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
     config = with_total_batch(config)
@@ -107,7 +111,7 @@ def assemble(config: TrainConfig) -> Run:
     start = saved["step"] if saved else 0
     distributed.start(device)
 
-    loader = build_loader(config, source, device, start)
+    loader = build_loader(config, source, views or view_groups(config), device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
     skipped = engine.Skipped()
     if distributed.is_main():
@@ -225,11 +229,17 @@ def view_groups(config: TrainConfig) -> list[list[View]]:
     return groups
 
 
-def build_loader(config: TrainConfig, source: Source, device: torch.device, start: int) -> Loader:
+def build_loader(
+    config: TrainConfig,
+    source: Source,
+    views: Sequence[Sequence[View]],
+    device: torch.device,
+    start: int,
+) -> Loader:
     workers = default_workers() if config.num_workers is None else config.num_workers
     return Loader(
         source,
-        view_groups(config),
+        views,
         seed=config.seed,
         epochs=config.epochs,
         total_batch_size=config.total_batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
@@ -15,6 +16,11 @@ from dino_kit.config import fields, recipe
 from dino_kit.config.commands import COMMANDS, Command
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import RunFailed, UserError
+
+_REFUSED_BY_THE_SYSTEM = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output has gone, as `| head` does; nothing is left to say to it, and
         # the interpreter's own flush at its end must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # A place that cannot be written to, or a full disk. What has no such reason is a fault of
+        # ours, and keeps its traceback.
+        if error.errno not in _REFUSED_BY_THE_SYSTEM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dino-kit: error: {where}{error.strerror}.", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 from dino_kit.errors import UserError
 
-
 _UNREADABLE = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError,
     IndexError, AttributeError, OSError,
@@ -45,6 +44,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def require_folder(flag: str, folder: str | None) -> None:
+    """Raises :class:`UserError` where the folder that ``flag`` names exists and is none."""
+    if folder and os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--{flag} {folder} is a file; a folder is needed.")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
+# The tests' tensors are small: threads would spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 GOLDEN = Path(os.environ.get("DINO_KIT_GOLDEN") or Path(__file__).parent / "golden")
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dino_kit import distributed, log
 from dino_kit.assemble import assemble
 from dino_kit.config.train import TrainConfig
+from dino_kit.training import checkpoint
 
 
 def run(config: TrainConfig) -> None:
-    """Pretrain as ``config`` says, from the beginning or from where the folder's run stopped."""
+    """Pretrain as ``config`` says, from the beginning or from where the folder's run stopped.
+
+    Raises:
+        UserError: the settings, the data or the folder do not fit.
+        RunFailed: too many steps in a row were not finite.
+    """
     try:
-        run = assemble(config)
-        if run.start == run.loader.total_steps:
-            log.say(f"{config.output_dir} holds a finished run of {config.epochs} epochs.")
-            run.monitor.close()
-            return
-        run.train()
-        log.say(f"done: {config.output_dir}/checkpoint.pth; look at it with")
-        log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
-        log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")
+        _train(config)
+    except KeyboardInterrupt:
+        if Path(config.output_dir, checkpoint.NEWEST).exists():
+            log.notice(f"The same command goes on from the last checkpoint in {config.output_dir}.")
+        raise
     finally:
         distributed.stop()
+
+
+def _train(config: TrainConfig) -> None:
+    run = assemble(config)
+    run.train()
+    if run.start == run.loader.total_steps:
+        log.say(f"{config.output_dir} holds this run already, finished; look at it with")
+    else:
+        log.say(f"done: {Path(config.output_dir, checkpoint.NEWEST)}; look at it with")
+    log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
+    log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")

@@ -43,9 +43,7 @@ class Monitor:
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.log_every_steps = log_every_steps
-        self._window: dict[str, torch.Tensor] = {}
-        self._epoch: dict[str, torch.Tensor] = {}
-        self._window_steps = self._epoch_steps = 0
+        self._window, self._epoch = _Sums(), _Sums()
         self._began = time.perf_counter()
         self._waited = 0.0
         self._timed_steps = 0
@@ -69,17 +67,14 @@ class Monitor:
         ``waited`` is in seconds.
         """
         done = step + 1
-        for sums in (self._window, self._epoch):
-            for name, value in measured.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()
-        self._window_steps += bool(measured)
-        self._epoch_steps += bool(measured)
+        self._window.add(measured, settings)
+        self._epoch.add(measured, settings)
         self._timed_steps += 1
         self._waited += waited
         if done % self.log_every_steps == 0 or done == self.total_steps:
             self._write_line(step, settings, counts)
         if done % self.steps_per_epoch == 0:
-            self._write_epoch(step, settings)
+            self._write_epoch(step)
 
     def summary(self) -> str:
         """The newest logged line in a few words, for a progress bar."""
@@ -89,17 +84,12 @@ class Monitor:
         return f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.1f} img/s"
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "window": {name: value.item() for name, value in self._window.items()},
-            "window_steps": self._window_steps,
-            "epoch": {name: value.item() for name, value in self._epoch.items()},
-            "epoch_steps": self._epoch_steps,
-        }
+        """The sums so far, of all processes; every process has to call it."""
+        return {"window": self._window.state_dict(), "epoch": self._epoch.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._window = {k: torch.tensor(v, device=device) for k, v in state["window"].items()}
-        self._epoch = {k: torch.tensor(v, device=device) for k, v in state["epoch"].items()}
-        self._window_steps, self._epoch_steps = state["window_steps"], state["epoch_steps"]
+        self._window.load_state_dict(state["window"], device)
+        self._epoch.load_state_dict(state["epoch"], device)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -113,14 +103,8 @@ class Monitor:
 
         self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=start + 1)
 
-    def _means(self, sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
-        if not sums:
-            return {}
-        stacked = distributed.all_reduce_mean(torch.stack(list(sums.values())).float() / steps)
-        return dict(zip(sums, stacked.tolist(), strict=True))
-
     def _write_line(self, step: int, settings: dict[str, float], counts: dict[str, int]) -> None:
-        means = self._means(self._window, self._window_steps)
+        means = self._window.means()
         seconds = max(time.perf_counter() - self._began, 1e-9)
         share = self._waited / seconds
         self.last_line = {
@@ -133,7 +117,7 @@ class Monitor:
             "data_wait": share,
         }
         self._say_if_held_back(share)
-        self._window, self._window_steps = {}, 0
+        self._window = _Sums()
         self._began, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
         if distributed.is_main():
             _append(self.folder / METRICS, self.last_line)
@@ -141,9 +125,9 @@ class Monitor:
                 if name != "step":
                     self._writer.add_scalar(f"train/{name}", value, step + 1)
 
-    def _write_epoch(self, step: int, settings: dict[str, float]) -> None:
-        means = self._means(self._epoch, self._epoch_steps)
-        self._epoch, self._epoch_steps = {}, 0
+    def _write_epoch(self, step: int) -> None:
+        means, settings = self._epoch.means(), self._epoch.mean_settings()
+        self._epoch = _Sums()
         if distributed.is_main():
             line = {f"train_{name}": value for name, value in means.items()}
             line |= {"train_lr": settings["lr"], "train_wd": settings["weight_decay"]}
@@ -159,6 +143,53 @@ class Monitor:
                 f"The run is held back by its data: {share:.0%} of the time goes into waiting for "
                 "crops; more --num_workers, or fewer or smaller crops, would help."
             )
+
+
+class _Sums:
+    """What some steps measured and the settings they ran with, summed."""
+
+    def __init__(self):
+        self._measured: dict[str, torch.Tensor] = {}  # scalars on the device
+        self._settings: dict[str, float] = {}
+        self._measured_steps = self._steps = 0
+
+    def add(self, measured: dict[str, torch.Tensor], settings: dict[str, float]) -> None:
+        for name, value in measured.items():
+            value = value.detach()
+            known = name in self._measured
+            self._measured[name] = self._measured[name] + value if known else value.clone()
+        for name, number in settings.items():
+            self._settings[name] = self._settings.get(name, 0.0) + number
+        self._measured_steps += bool(measured)
+        self._steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Over the steps that were measured, and all processes; empty where none was."""
+        return {name: total / self._measured_steps for name, total in self._fetched().items()}
+
+    def mean_settings(self) -> dict[str, float]:
+        return {name: total / self._steps for name, total in self._settings.items()}
+
+    def _fetched(self) -> dict[str, float]:
+        """The measured sums on the host, their means over the processes."""
+        if not self._measured:
+            return {}
+        sums = distributed.all_reduce_mean(torch.stack(list(self._measured.values())).float())
+        return dict(zip(self._measured, sums.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "measured": self._fetched(),
+            "settings": dict(self._settings),
+            "measured_steps": self._measured_steps,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        measured = state["measured"].items()
+        self._measured = {name: torch.tensor(total, device=device) for name, total in measured}
+        self._settings = dict(state["settings"])
+        self._measured_steps, self._steps = state["measured_steps"], state["steps"]
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
