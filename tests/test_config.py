@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
-from dino_kit.config.evaluate import AttentionConfig, KnnConfig
+from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.errors import UserError
 
@@ -363,6 +363,8 @@ def test_every_field_is_read_by_its_command(name):
     modules = [f"commands/{name}"]
     if issubclass(schema, TrainConfig):
         modules += ["assemble", "commands/train"]
+    if issubclass(schema, Checkpoint):
+        modules += ["evaluation"]
     by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights"}
     wanted = {by_other_names.get(field, field) for field in fields.names(schema)}
     assert wanted - set().union(*map(names_read, modules)) == set()

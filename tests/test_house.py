@@ -41,6 +41,7 @@ FLOORS = {
     "dino_kit.training.engine": 5,
     "dino_kit.evaluators": 5,
     "dino_kit.assemble": 6,
+    "dino_kit.evaluation": 6,
     "dino_kit.commands": 7,
     "dino_kit.cli": 8,
     "dino_kit.__main__": 9,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import platform
-import shlex
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_kit import distributed, files, log
-from dino_kit.config import fields
+from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import KnnConfig
 from dino_kit.data.augment import eval_sizes
 from dino_kit.data.loader import default_workers
@@ -24,12 +19,11 @@ from dino_kit.data.sources import open_labelled_sources
 from dino_kit.errors import UserError
 from dino_kit.evaluators.knn import knn
 from dino_kit.features import extract
-from dino_kit.weights import Loaded, load
+from dino_kit.weights import Loaded
 
 # The reference's four files of features, and one that says where they come from.
 _FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 _ORIGIN = "features.json"
-_PACKAGES = ("dino_kit", "torch", "faiss-cpu", "numpy", "pillow")
 
 
 def run(config: KnnConfig) -> None:
@@ -40,28 +34,16 @@ def run(config: KnnConfig) -> None:
     """
     if not distributed.is_main():
         return  # the first process does the work, which takes no process group
-    for flag in ("output_dir", "dump_features"):
-        folder = getattr(config, flag)
-        if folder and Path(folder).exists() and not Path(folder).is_dir():
-            raise UserError(f"--{flag} {folder} is a file; a folder is needed.")
+    files.require_folder("output_dir", config.output_dir)
+    files.require_folder("dump_features", config.dump_features)
     if config.load_features:
         target = Path(config.output_dir or config.load_features) / "knn.json"
         arrays, origin = _read(Path(config.load_features))
         if config.weights:
             log.notice(f"--load_features reads features, so {config.weights} is not used.")
     else:
-        loaded = load(
-            config.weights,
-            config.checkpoint_key,
-            arch=config.arch,
-            patch_size=config.patch_size,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-        )
-        log.say(loaded.summary())
-        target = _target(config.output_dir, loaded)
+        loaded = evaluation.load_checkpoint(config)
+        target = Path(f"{evaluation.place(config.output_dir, loaded, 'knn')}.json")
         arrays, origin = _extract(config, loaded)
 
     train, train_labels, test, test_labels = arrays
@@ -87,9 +69,7 @@ def run(config: KnnConfig) -> None:
             "temperature": config.temperature,
             **counts,
             **origin,
-            "settings": fields.to_plain(config),
-            "command": _command(config),
-            "versions": _versions(),
+            **evaluation.repetition("knn", config),
         },
     )
     rows = [(str(k), *map(_percent, both.values())) for k, both in results.items()]
@@ -130,14 +110,7 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
         arrays += [F.normalize(features, dim=1), labels]
     resize, crop = eval_sizes(size)
     origin = {
-        "checkpoint": {
-            "path": str(Path(loaded.path).absolute()),
-            "sha256": loaded.sha256,
-            "network": loaded.which,
-            "epoch": loaded.epoch,
-            "step": loaded.step,
-        },
-        "architecture": loaded.architecture,
+        **evaluation.origin(loaded),
         "transform": {
             "resize": resize,
             "interpolation": "bicubic",
@@ -153,17 +126,6 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
         "device": str(device),
     }
     return tuple(arrays), origin
-
-
-def _target(output_dir: str | None, loaded: Loaded) -> Path:
-    """``knn.json`` beside ``checkpoint.pth``; another checkpoint or network has its own name."""
-    path = Path(loaded.path)
-    parts = ["knn"]
-    if path.name != "checkpoint.pth":
-        parts.append(path.stem)
-    if loaded.which not in (None, "teacher"):
-        parts.append(loaded.which)
-    return Path(output_dir or path.parent) / f"{'_'.join(parts)}.json"
 
 
 def _write(folder: Path, arrays: tuple[Tensor, ...], origin: Mapping[str, Any]) -> None:
@@ -206,26 +168,3 @@ def _read_tensor(path: Path) -> Tensor:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _command(config: KnnConfig) -> str:
-    """A command line that repeats this evaluation."""
-    words = ["dino-kit", "knn"]
-    if config.weights:
-        words.append(config.weights)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("checkpoint", "pretrained_weights"):
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name}", *map(str, values)]
-    return shlex.join(words)
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # such as faiss from a source other than its wheel
-            found[name] = None
-    return found

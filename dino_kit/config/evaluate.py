@@ -123,11 +123,14 @@ class Picture:
     """Picture"""
 
     image_path: str = option(REQUIRED, "An image, or a folder of images.")
-    image_size: tuple[int, ...] = option(
-        (480, 480), "Height and width to resize to; one number is the shorter side.", low=1
+    image_size: tuple[int, ...] | None = option(
+        None, "Height and width to resize to; one number is the length of the shorter side.",
+        low=1,
+        nothing="480 480 for a network trained at 224 pixels, at other sizes in that proportion, "
+        "and what it was trained at for 64 pixels and fewer",
     )
     threshold: float | None = option(
-        None, "Also draw masks of the patches that hold this share of the attention.",
+        None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",
         above=0, high=1,
     )
     html: bool = option(
@@ -135,7 +138,7 @@ class Picture:
     )
 
     def check(self) -> None:
-        if len(self.image_size) > 2:
+        if self.image_size is not None and len(self.image_size) > 2:
             raise UserError(
                 f"--image_size takes one or two numbers and got {len(self.image_size)}."
             )

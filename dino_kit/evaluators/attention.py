@@ -3,7 +3,8 @@
 Source: Caron et al. 2021, section 4.2.2 and figure 3: the attention of the class token to the
 patches, head by head, and the mask of those that hold a share of its mass.
 
-Legend: C channels, H and W pixels, N = h·w patches, P prefix tokens (the class token first), T = P+N.
+Legend: C channels, H and W pixels, N = h·w patches, P prefix tokens (the class token first),
+T = P+N.
 """
 
 from __future__ import annotations
@@ -20,8 +21,28 @@ from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
-# One head's map of so many tokens fills 1 GiB in float32, and a dozen such maps are held at once.
-_MOST_TOKENS = 1 << 14
+# One head's map of so many patches fills 1 GiB in float32, and a dozen such maps are held at once.
+_MOST_PATCHES = 1 << 14
+
+
+def default_size(training_size: int, patch_size: int) -> tuple[int, int]:
+    """Height and width at which to look: 480 after training at 224, as the reference has it.
+
+    At other sizes it is in that proportion, in whole patches; small images, of 64 pixels and
+    fewer, are looked at as they were trained on.
+    """
+    if training_size <= 64:
+        return training_size, training_size
+    side = patch_size * max(1, round(training_size * 480 / 224 / patch_size))
+    return side, side
+
+
+def require_size(image_size: Sequence[int], patch_size: int) -> None:
+    """Raises :class:`UserError` where :func:`fit` would refuse every image.
+
+    Where one number is given, a square image has the fewest pixels.
+    """
+    _require_patches(image_size[0], image_size[-1], image_size, patch_size)
 
 
 def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image.Image:
@@ -33,7 +54,7 @@ def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image
         patch_size: side of a patch in pixels. What is over at the right and below is cut off.
 
     Raises:
-        UserError: the resized picture is smaller than a patch.
+        UserError: the resized picture is smaller than a patch, or has too many of them.
     """
     width, height = image.size
     if len(image_size) == 2:
@@ -42,11 +63,7 @@ def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image
         rows, columns = int(image_size[0] * height / width), image_size[0]
     else:
         rows, columns = image_size[0], int(image_size[0] * width / height)
-    if min(rows, columns) < patch_size:
-        raise UserError(
-            f"--image_size {' '.join(map(str, image_size))} makes the image {rows} × {columns} "
-            f"pixels, smaller than a patch of {patch_size} × {patch_size}; give {patch_size} or more."
-        )
+    _require_patches(rows, columns, image_size, patch_size)
     if (columns, rows) != image.size:
         image = image.resize((columns, rows), Image.Resampling.BILINEAR)
     return image.crop((0, 0, columns - columns % patch_size, rows - rows % patch_size))
@@ -93,13 +110,13 @@ def attention_rows(backbone: nn.Module, image: Tensor) -> Tensor:
 
 def attention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
     """The class token's attention to each patch, ``(heads, h, w)``; else as attention_rows."""
-    prefix = backbone.num_prefix_tokens
-    rows = _attention(backbone, image)[:, 0, prefix:].float().cpu()
+    attention = _attention(backbone, image)
+    rows = attention[:, 0, backbone.num_prefix_tokens :].float().cpu()
     return rows.unflatten(1, _grid(backbone, image))
 
 
 def threshold_mask(attention: Tensor, keep: float) -> Tensor:
-    """The fewest patches that together hold more than ``keep`` of the attention's mass.
+    """The fewest patches that together hold ``keep`` of the attention's mass or more.
 
     Patches are left out from the weakest on while what is left out is at most ``1 - keep`` of the
     sum; among equal ones the earlier goes first.
@@ -138,17 +155,9 @@ def _grid(backbone: nn.Module, image: Tensor) -> tuple[int, int]:
 
 def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
     require_attention(backbone)
-    rows, columns = _grid(backbone, image)
-    advice = (
-        f"{image.shape[1]} × {image.shape[2]} pixels are {rows * columns:,} patches of "
-        f"{backbone.patch_size} × {backbone.patch_size}"
-    )
-    if rows * columns > _MOST_TOKENS:
-        raise UserError(
-            f"{advice}, and attention is looked at among {_MOST_TOKENS:,} at most; give a smaller "
-            "--image_size."
-        )
-    training = backbone.training
+    rows, columns = image.shape[1:]
+    _require_few(rows, columns, backbone.patch_size)
+    modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
         with torch.inference_mode(), torch.autocast(image.device.type, enabled=False):
@@ -156,9 +165,36 @@ def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error):
             raise UserError(
-                f"{advice}, whose attention maps do not fit into memory; give a smaller "
-                "--image_size."
+                f"{_count(rows, columns, backbone.patch_size)}, whose attention maps do not fit "
+                "into memory; give a smaller --image_size."
             ) from error
         raise
     finally:
-        backbone.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+def _require_patches(
+    rows: int, columns: int, image_size: Sequence[int], patch_size: int
+) -> None:
+    """For an image that ``image_size`` makes ``rows`` × ``columns`` pixels."""
+    if min(rows, columns) < patch_size:
+        raise UserError(
+            f"--image_size {' '.join(map(str, image_size))} makes the image {rows} × {columns} "
+            f"pixels, smaller than a patch of {patch_size} × {patch_size}; give {patch_size} or "
+            "more."
+        )
+    _require_few(rows, columns, patch_size)
+
+
+def _require_few(rows: int, columns: int, patch_size: int) -> None:
+    if (rows // patch_size) * (columns // patch_size) > _MOST_PATCHES:
+        raise UserError(
+            f"{_count(rows, columns, patch_size)}, and attention is shown among "
+            f"{_MOST_PATCHES:,} at most; give a smaller --image_size."
+        )
+
+
+def _count(rows: int, columns: int, patch_size: int) -> str:
+    patches = (rows // patch_size) * (columns // patch_size)
+    return f"{rows} × {columns} pixels are {patches:,} patches of {patch_size} × {patch_size}"

@@ -1,0 +1,134 @@
+"""``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dino_kit import distributed, evaluation, files, log
+from dino_kit.config.evaluate import AttentionConfig
+from dino_kit.data.decode import decode
+from dino_kit.data.sources import FolderSource, read_file
+from dino_kit.errors import UserError
+from dino_kit.evaluators.attention import default_size
+from dino_kit.evaluators.gallery import Page, Picture, show
+from dino_kit.weights import Loaded
+
+_PAGE, _RECORD = "attention.html", "attention.json"
+
+
+def run(config: AttentionConfig) -> None:
+    """Write pictures and numbers of each image's attention, and with ``--html`` a page of all.
+
+    Raises:
+        UserError: checkpoint, images and flags do not fit, and nothing is written then; or an
+            image's maps do not fit into memory.
+    """
+    if not distributed.is_main():
+        return
+    files.require_folder("output_dir", config.output_dir)
+    images = _find(config.image_path)
+    device = distributed.choose_device(config.device)
+    loaded = evaluation.load_checkpoint(config)
+    transform, patch_size = loaded.transform, loaded.backbone.patch_size
+    image_size = config.image_size or default_size(transform.image_size, patch_size)
+    target = _target(config, loaded)
+    page = Page(target / _PAGE, len(images), _origin(loaded, config)) if config.html else None
+    sheets: list[Path] = []
+    with log.progress(len(images), "attention") as advance:
+
+        def done(sheet: Path) -> None:
+            sheets.append(sheet)
+            advance(1)
+
+        def leave_out(error: UserError) -> None:
+            if len(images) == 1:
+                raise error
+            log.notice(f"{error} It is left out.")
+            advance(1)
+
+        on_page = show(
+            loaded.backbone.to(device),
+            _pictures(images, target, leave_out),
+            image_size=image_size,
+            mean=transform.mean,
+            std=transform.std,
+            threshold=config.threshold,
+            page=page,
+            advance=done,
+            refuse=lambda picture, error: leave_out(UserError(f"{picture.title}: {error}")),
+        )
+    if not sheets:
+        raise UserError(f"None of the {len(images):,} images can be shown.")
+    record = {
+        "images": [str(sheet.parent.relative_to(target)) for sheet in sheets],
+        "image_size": list(image_size),
+        "interpolation": "bilinear",
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "threshold": config.threshold,
+        "device": str(device),
+        **evaluation.origin(loaded),
+        **evaluation.repetition("attention", config),
+    }
+    files.write_json(target / _RECORD, record)
+    if len(sheets) == 1:
+        log.say(f"written to {sheets[0].parent}; look first at {sheets[0].name}")
+    else:
+        log.say(f"written to {target}, a folder for each of {len(sheets):,} images")
+    if config.html:
+        some = f" (it has the first {on_page:,} images)" if on_page < len(sheets) else ""
+        log.say(f"open in a browser: {target / _PAGE}{some}")
+
+
+def _find(image_path: str) -> dict[str, str]:
+    """The images to look at: each one's path, by the name of the folder for its pictures.
+
+    That is its path without the ending, where no other image claims it. A single image has the name
+    ``""``: its pictures go where everything goes.
+    """
+    if os.path.isfile(image_path):
+        return {"": image_path}
+    if not os.path.isdir(image_path):
+        raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
+    source = FolderSource(image_path)
+    stems = [os.path.splitext(path)[0] for path in source.paths]
+    # Some file systems do not tell a from A.
+    claims = Counter(name.casefold() for name in (*stems, *source.paths))
+    return {
+        stem if claims[stem.casefold()] == 1 else path: source.name(index)
+        for index, (stem, path) in enumerate(zip(stems, source.paths, strict=True))
+    }
+
+
+def _target(config: AttentionConfig, loaded: Loaded) -> Path:
+    """The folder given; else one beside the checkpoint, where a single image has its own."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    target = evaluation.place(None, loaded, "attention")
+    return target / Path(config.image_path).stem if os.path.isfile(config.image_path) else target
+
+
+def _pictures(
+    images: dict[str, str], target: Path, leave_out: Callable[[UserError], object]
+) -> Iterator[Picture]:
+    """Each image as it is needed, without those that cannot be read."""
+    for name, path in images.items():
+        try:
+            image = decode(read_file(path), path)
+        except UserError as error:
+            leave_out(error)
+            continue
+        yield Picture(name or Path(path).name, target / name, image)
+
+
+def _origin(loaded: Loaded, config: AttentionConfig) -> str:
+    """Which network the maps are of, and what made the page, for its reader."""
+    of = f"the {loaded.which} of {loaded.path}" if loaded.which else loaded.path
+    age = "" if loaded.epoch is None else f" after epoch {loaded.epoch}"
+    return (
+        f"The network is {of}{age}, of the architecture {loaded.architecture['name']}. This page "
+        f"was made by: {evaluation.repetition('attention', config)['command']}"
+    )

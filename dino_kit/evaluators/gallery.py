@@ -1,0 +1,131 @@
+"""The attention of many images, written as pictures and numbers, and as one page to explore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dino_kit import attention_page, figures, files
+from dino_kit.errors import UserError
+from dino_kit.evaluators import attention
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD
+
+# Colours to choose from on the page, matplotlib's names; the first is that of the pictures.
+_COLOURS = (figures.COLOURS, "viridis", "gray")
+
+
+class Picture(NamedTuple):
+    """An image to look at."""
+
+    title: str
+    folder: Path  # where its files go
+    image: Image.Image  # RGB, of any size
+
+
+def _raise(picture: Picture, error: UserError) -> None:
+    raise error
+
+
+class Page(NamedTuple):
+    """A page to write."""
+
+    path: Path
+    images: int  # how many it is meant to show; where they do not fit, the first of them
+    origin: str  # a sentence that says which network the maps are of
+
+
+def show(
+    backbone: nn.Module,
+    pictures: Iterable[Picture],
+    *,
+    image_size: Sequence[int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    threshold: float | None = None,
+    page: Page | None = None,
+    facts: Mapping[str, object] | None = None,
+    advance: Callable[[Path], object] = lambda sheet: None,
+    refuse: Callable[[Picture, UserError], object] = _raise,
+) -> int:
+    """Write for each picture what :func:`~dino_kit.figures.save_attention` lists, and the page.
+
+    Args:
+        backbone: has self-attention; runs in eval mode and float32, where it is.
+        pictures: taken one after the other, so they may be made as they are needed.
+        image_size: height and width to which images are resized; one number is the shorter side.
+        mean, std: of each channel, pixels in [0, 1].
+        threshold: the share of the attention that masks keep; None for no masks.
+        page: the page to write; None for none.
+        facts: plain values to store beside the maps of every picture.
+        advance: called with the sheet of each picture when its files are written.
+        refuse: called with a picture that has too many patches at that size, and a sentence that
+            says so; where it returns, the picture is left out.
+
+    Returns:
+        How many images the page shows; where it would show none, it is not written.
+
+    Raises:
+        UserError: the backbone has no self-attention, or takes no images of that size; an image's
+            maps do not fit into memory.
+    """
+    attention.require_attention(backbone)
+    attention.require_size(image_size, backbone.patch_size)
+    device = next(backbone.parameters()).device
+
+    def see(image: Image.Image) -> Tensor:
+        return attention.to_tensor(image, mean, std).to(device)  # (3, H, W)
+
+    exhibits: list[attention_page.Exhibit] = []
+    for picture in pictures:
+        try:
+            image = attention.fit(picture.image, image_size, backbone.patch_size)
+        except UserError as error:
+            refuse(picture, error)
+            continue
+        maps = attention.attention_maps(backbone, see(image))  # (heads, h, w)
+        written = figures.save_attention(
+            picture.folder,
+            image,
+            maps.numpy(),
+            title=picture.title,
+            masks=None if threshold is None else _masks(maps, threshold).numpy(),
+            keep=threshold,
+            facts=facts,
+        )
+        advance(written[0])
+        if page is None:
+            continue
+        most, room = attention_page.patches_for(page.images, len(maps))
+        if len(exhibits) < room:
+            grid = attention.smaller_grid(maps.shape[1:], most)
+            small = image.resize([n * backbone.patch_size for n in reversed(grid)])
+            rows = attention.attention_rows(backbone, see(small))  # (heads, T, N)
+            note = _note(grid, maps.shape[1:])
+            exhibits.append(
+                attention_page.exhibit(picture.title, image, rows.numpy(), grid, note)
+            )
+    if exhibits:
+        colours = {name: figures.colour_table(name) for name in _COLOURS}
+        text = attention_page.page("Attention", page.origin, exhibits, colours, threshold)
+        files.write_text(page.path, text)
+    return len(exhibits)
+
+
+def _masks(maps: Tensor, threshold: float) -> Tensor:
+    """Maps (heads, h, w) to the masks of each head and of their mean, (heads + 1, h, w)."""
+    rows = torch.cat((maps, maps.mean(dim=0, keepdim=True))).flatten(1)
+    return attention.threshold_mask(rows, threshold).unflatten(1, maps.shape[1:])
+
+
+def _note(grid: tuple[int, int], whole: tuple[int, int]) -> str:
+    if tuple(grid) == tuple(whole):
+        return ""
+    return (
+        f"So that the page stays small, this image was looked at in {grid[0]} × {grid[1]} patches, "
+        f"not in the {whole[0]} × {whole[1]} of its pictures."
+    )
