@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_kit import log
+from dino_kit.backbones.frozen import frozen
 from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.decode import decode
 from dino_kit.data.sources import Source
@@ -66,23 +67,15 @@ def extract(
         pin_memory=device.type == "cuda",
     )
     features = torch.empty(len(source), backbone.embed_dim)
-    done, training = 0, backbone.training
-    backbone.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, enabled=False),
-            log.progress(len(source), description) as advance,
-        ):
-            for pixels in loader:
-                if isinstance(pixels, str):
-                    raise UserError(pixels)
-                images = normalize(pixels.to(device, non_blocking=True))  # (B, 3, S, S)
-                features[done : done + len(images)] = backbone(images)
-                done += len(images)
-                advance(len(images))
-    finally:
-        backbone.train(training)
+    done = 0
+    with frozen(backbone, device), log.progress(len(source), description) as advance:
+        for pixels in loader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            images = normalize(pixels.to(device, non_blocking=True))  # (B, 3, S, S)
+            features[done : done + len(images)] = backbone(images)
+            done += len(images)
+            advance(len(images))
     return features, labels
 
 

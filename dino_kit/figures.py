@@ -64,31 +64,31 @@ def masked(image: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(drawn)
 
 
-def sheet(
-    title: str, subtitle: str, panels: Sequence[tuple[str, str, Image.Image]]
-) -> Image.Image:
-    """Pictures of one size in a labelled grid; a panel is (label, what stands beside it, picture)."""
-    columns = _columns(len(panels))
+def sheet(title: str, subtitle: str, panels: Sequence[tuple[str, str, Image.Image]]) -> Image.Image:
+    """Pictures of one size in a labelled grid.
+
+    A panel is (label, what stands at its right where there is room, picture). A title that is too
+    long is cut, a subtitle goes on in the next line.
+    """
+    first = panels[0][2]
+    width = max(first.width, *(math.ceil(_length(label)) for label, _, _ in panels))
+    height = _LINE + first.height
+    columns = _columns(len(panels), height / width)
     rows = math.ceil(len(panels) / columns)
-    width, height = panels[0][2].size
-    line = width + _GAP
-    whole = Image.new(
-        "RGB",
-        (
-            max(2 * _MARGIN + columns * line - _GAP, 420),
-            2 * _MARGIN + 62 + rows * (height + _LINE + _GAP) - _GAP,
-        ),
-        _PAPER,
-    )
+    room = max(columns * (width + _GAP) - _GAP, 420)
+    lines = _wrapped(subtitle, room)
+    top = _MARGIN + 26 + len(lines) * _LINE + 14
+    size = (room + 2 * _MARGIN, top + rows * (height + _GAP) - _GAP + _MARGIN)
+    whole = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(whole)
-    room = whole.width - 2 * _MARGIN
-    draw.text((_MARGIN, _MARGIN - 6), _cut(draw, title, 20, room), _INK, _font(20))
-    draw.text((_MARGIN, _MARGIN + 26), _cut(draw, subtitle, 13, room), _PALE, _font(13))
+    draw.text((_MARGIN, _MARGIN - 6), _cut(title, room), _INK, _font(20))
+    for place, line in enumerate(lines):
+        draw.text((_MARGIN, _MARGIN + 26 + place * _LINE), line, _PALE, _font(13))
     for place, (label, beside, picture) in enumerate(panels):
         row, column = divmod(place, columns)
-        x, y = _MARGIN + column * line, _MARGIN + 62 + row * (height + _LINE + _GAP)
+        x, y = _MARGIN + column * (width + _GAP), top + row * (height + _GAP)
         draw.text((x, y), label, _INK, _font(13))
-        if draw.textlength(label + "  " + beside, _font(13)) <= width:
+        if _length(f"{label}  {beside}") <= width:
             draw.text((x + width, y), beside, _PALE, _font(13), anchor="ra")
         whole.paste(picture, (x, y + _LINE))
     return whole
@@ -125,9 +125,8 @@ def save_attention(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     colours = colour_table()
-    heads, rows, columns = attention.shape
     maps = [*attention, attention.mean(axis=0)]
-    names = [*(f"head{head}" for head in range(heads)), "mean"]
+    names = [*(f"head{head}" for head in range(len(attention))), "mean"]
     pictures = {"img.png": image}
     for name, one in zip(names, maps, strict=True):
         pictures[f"attn-{name}.png"] = heat(one, image.size[::-1], colours)
@@ -135,7 +134,8 @@ def save_attention(
     for name, mask in zip(names, masks if masks is not None else (), strict=False):
         pictures[f"mask_th{keep}_{name}.png"] = masked(image, mask)
     overview = _overview(title, image, maps, colours)
-    written = [_save(folder / name, one) for name, one in {"sheet.png": overview, **pictures}.items()]
+    pictures = {"sheet.png": overview, **pictures}
+    written = [_save(folder / name, one) for name, one in pictures.items()]
     with files.atomic_write(folder / "attention.npz") as file:
         np.savez_compressed(file, attention=attention, **(facts or {}))
     return [*written, folder / "attention.npz"]
@@ -150,17 +150,16 @@ def _overview(
     enlarged = size[0] > image.height
     small = image.resize(size[::-1], Image.Resampling[("LANCZOS", "NEAREST")[enlarged]])
     panels = [
-        ("image", f"{image.width} × {image.height}", small),
+        ("image", f"{image.height} × {image.width}", small),
         ("mean, on the image", "", overlay(small, maps[-1], colours)),
         ("mean of heads", _peak(maps[-1]), heat(maps[-1], size, colours)),
     ]
     panels += [
-        (f"head {head}", _peak(one), heat(one, size, colours))
-        for head, one in enumerate(maps[:-1])
+        (f"head {head}", _peak(one), heat(one, size, colours)) for head, one in enumerate(maps[:-1])
     ]
     subtitle = (
-        f"What the class token looks at, {rows} × {columns} patches; bright is much. "
-        "n×: the brightest gets n times an even share."
+        f"What the class token looks at, in {rows} × {columns} patches; brighter is more. "
+        "n×: the brightest gets n times the average."
     )
     return sheet(title, subtitle, panels)
 
@@ -178,20 +177,17 @@ def _unit(attention: np.ndarray) -> np.ndarray:
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """``mask`` without the pixels that have a neighbour outside of it; the border counts as inside."""
+    """``mask`` without pixels that have a neighbour outside of it; the border counts as inside."""
     around = np.pad(mask, 1, mode="edge")
-    return (
-        mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    )
+    return mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
 
 
-def _columns(panels: int) -> int:
-    """Of a grid that is wider than high, with few empty places."""
+def _columns(panels: int, shape: float) -> int:
+    """Of a grid wider than high, with few empty places, each ``shape`` times as high as wide."""
     return min(
         range(1, panels + 1),
         key=lambda columns: (
-            abs(columns - 1.6 * math.ceil(panels / columns))
-            + 0.5 * (-panels % columns)
+            abs(columns - 1.4 * shape * math.ceil(panels / columns)) + 0.5 * (-panels % columns)
         ),
     )
 
@@ -201,15 +197,32 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     # Pillow's own font has few letters beyond English; matplotlib brings one with many.
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, size: int, room: int) -> str:
-    if draw.textlength(text, _font(size)) <= room:
-        return text
-    while text and draw.textlength(text + " …", _font(size)) > room:
-        text = text[:-1]
-    return text + " …"
+def _length(text: str, size: int = 13) -> float:
+    return _font(size).getlength(text)
+
+
+def _cut(title: str, room: int) -> str:
+    title = " ".join(title.split())  # the name of a file may hold a line break
+    if _length(title, 20) <= room:
+        return title
+    while title and _length(f"{title} …", 20) > room:
+        title = title[:-1]
+    return f"{title} …"
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if _length(longer) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _save(path: Path, picture: Image.Image) -> Path:

@@ -21,15 +21,14 @@ _noticed: set[str] = set()
 def say(text: str) -> None:
     """One line on standard output."""
     if distributed.is_main():
-        _console().print(text, markup=False, highlight=False, soft_wrap=True)
+        _print(_console(), text)
 
 
 def notice(text: str) -> None:
     """One line on standard error, marked as a notice; the same text only once per process."""
     if distributed.is_main() and text not in _noticed:
         _noticed.add(text)
-        _console(stderr=True).print(f"notice: {text}", markup=False, highlight=False,
-                                    soft_wrap=True)
+        _print(_console(stderr=True), f"notice: {text}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -107,6 +106,13 @@ class _PlainProgress:
                  f"{duration(left)} left" if self.done < self.total
                  else f"took {duration(now - self.began)}")
         say("  ".join(part for part in parts if part))
+
+
+def _print(console, text: str) -> None:
+    # The name of a file need not be valid text, nor be writable in the terminal's encoding.
+    encoding = console.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _console(stderr: bool = False):

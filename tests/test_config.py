@@ -72,7 +72,7 @@ def test_a_value_becomes_what_the_field_takes(name, given, expected):
         ("lr", None, "lr is None; it takes a number from 0."),
         ("lr", [1, 2], "lr is [1, 2]; it takes a number from 0."),
         ("student_temp", 0, "student_temp is 0; it takes a number above 0."),
-        ("drop_path_rate", 1, "drop_path_rate is 1; it takes a number from 0 below 1."),
+        ("drop_path_rate", 1, "drop_path_rate is 1; it takes a number from 0, below 1."),
         ("hue", 0.6, ("hue is 0.6; it takes one number, or three (first global, second global, "
                      "local views), each from 0 to 0.5.")),
         ("epochs", 0, "epochs is 0; it takes a whole number from 1."),
@@ -149,11 +149,11 @@ def test_nearest_prefers_a_name_that_begins_as_the_given_one():
         ({"local_crops_size": 8}, ("--local_crops_size 8 is not a multiple of --patch_size 16; the "
                                   "nearest is 16.")),
         ({"global_crops_scale": [1, 0.4]}, ("--global_crops_scale is 1 0.4; it takes two shares of "
-                                           "the image, the smaller first, above 0 and to 1.")),
+                                           "the image, the smaller first, above 0 and at most 1.")),
         ({"local_crops_scale": [0, 0.4]}, ("--local_crops_scale is 0 0.4; it takes two shares of "
-                                          "the image, the smaller first, above 0 and to 1.")),
+                                          "the image, the smaller first, above 0 and at most 1.")),
         ({"local_crops_scale": [0.1, 1.1]}, ("--local_crops_scale is 0.1 1.1; it takes two shares "
-                                            "of the image, the smaller first, above 0 and to 1.")),
+                                            "of the image, the smaller first, above 0 and at most 1.")),
         ({"local_crops_ratio": [2, 1]}, ("--local_crops_ratio is 2 1; it takes two numbers above "
                                          "0, the smaller first.")),
         ({"blur_radius_min": [0.1, 3, 0.1]}, "--blur_radius_min 3 is above --blur_radius_max 2."),

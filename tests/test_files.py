@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
 
-from dino_kit import files
+from dino_kit import files, log
 from dino_kit.errors import UserError
 
 
@@ -116,3 +117,11 @@ def test_a_bare_tensor_is_no_checkpoint(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*weights\.pth"):
         files.read_weights(tmp_path / "weights.pth")
+
+
+def test_names_that_are_no_valid_text_can_be_written_down(tmp_path, capsys):
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    files.write_json(tmp_path / "names.json", {name: name})
+    assert json.loads((tmp_path / "names.json").read_text("utf-8")) == {name: name}
+    log.say(name)
+    assert capsys.readouterr().out == "caf\\udce9.png\n"

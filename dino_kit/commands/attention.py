@@ -63,7 +63,7 @@ def run(config: AttentionConfig) -> None:
     if not sheets:
         raise UserError(f"None of the {len(images):,} images can be shown.")
     record = {
-        "images": [str(sheet.parent.relative_to(target)) for sheet in sheets],
+        "images": [sheet.parent.relative_to(target).as_posix() for sheet in sheets],
         "image_size": list(image_size),
         "interpolation": "bilinear",
         "mean": list(transform.mean),

@@ -126,15 +126,16 @@ class Picture:
     image_size: tuple[int, ...] | None = option(
         None, "Height and width to resize to; one number is the length of the shorter side.",
         low=1,
-        nothing="480 480 for a network trained at 224 pixels, at other sizes in that proportion, "
-        "and what it was trained at for 64 pixels and fewer",
+        nothing="480 480 for a network trained at 224 pixels, and in proportion for others; the "
+        "size it was trained at, where that is 64 pixels or fewer",
     )
     threshold: float | None = option(
         None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",
         above=0, high=1,
     )
     html: bool = option(
-        False, "Also write a page on which to explore every patch's attention.", switch=True
+        False, "Also write a page for a browser, on which to explore every patch's attention.",
+        switch=True,
     )
 
     def check(self) -> None:

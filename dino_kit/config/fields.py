@@ -269,9 +269,7 @@ def _allowed(kind: Any, field: dataclasses.Field) -> str:
         return "true or false"
     if kind is str:
         return "text"
-    words = {"low": "from", "above": "above", "high": "to", "below": "below"}
-    bounds = field.metadata["bounds"]
-    limits = "".join(f" {words[end]} {bounds[end]}" for end in words if bounds[end] is not None)
+    limits = _limits(**field.metadata["bounds"])
     if not _is_many(kind):
         return ("a whole number" if kind is int else "a number") + limits
     inner = get_args(kind)
@@ -281,6 +279,19 @@ def _allowed(kind: Any, field: dataclasses.Field) -> str:
         what = "one or more" if Ellipsis in inner else str(len(inner))
         what += " whole numbers" if inner[0] is int else " numbers"
     return what + (limits and f", each{limits}")
+
+
+def _limits(
+    low: float | None, high: float | None, above: float | None, below: float | None
+) -> str:
+    """The bounds in words that follow "a number", with the space between."""
+    words = [
+        f" from {low}" if low is not None else "",
+        f" above {above}" if above is not None else "",
+        (f" to {high}" if low is not None else f", at most {high}") if high is not None else "",
+        f", below {below}" if below is not None else "",
+    ]
+    return "".join(words)
 
 
 def _field(schema: type, name: str) -> dataclasses.Field:

@@ -238,7 +238,7 @@ class Crops:
             if not 0 < low <= high <= 1:
                 raise UserError(
                     f"--{name} is {low:g} {high:g}; it takes two shares of the image, the smaller "
-                    "first, above 0 and to 1."
+                    "first, above 0 and at most 1."
                 )
         for name in ("global_crops_ratio", "local_crops_ratio"):
             low, high = getattr(self, name)

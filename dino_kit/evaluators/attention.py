@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dino_kit.backbones.frozen import frozen
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -64,9 +65,8 @@ def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image
     else:
         rows, columns = image_size[0], int(image_size[0] * width / height)
     _require_patches(rows, columns, image_size, patch_size)
-    if (columns, rows) != image.size:
-        image = image.resize((columns, rows), Image.Resampling.BILINEAR)
-    return image.crop((0, 0, columns - columns % patch_size, rows - rows % patch_size))
+    resized = image.resize((columns, rows), Image.Resampling.BILINEAR)
+    return resized.crop((0, 0, columns - columns % patch_size, rows - rows % patch_size))
 
 
 def to_tensor(
@@ -157,10 +157,8 @@ def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
     require_attention(backbone)
     rows, columns = image.shape[1:]
     _require_few(rows, columns, backbone.patch_size)
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
     try:
-        with torch.inference_mode(), torch.autocast(image.device.type, enabled=False):
+        with frozen(backbone, image.device):
             return backbone.get_last_selfattention(image[None])[0]
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error):
@@ -169,14 +167,9 @@ def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
                 "into memory; give a smaller --image_size."
             ) from error
         raise
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
-def _require_patches(
-    rows: int, columns: int, image_size: Sequence[int], patch_size: int
-) -> None:
+def _require_patches(rows: int, columns: int, image_size: Sequence[int], patch_size: int) -> None:
     """For an image that ``image_size`` makes ``rows`` × ``columns`` pixels."""
     if min(rows, columns) < patch_size:
         raise UserError(

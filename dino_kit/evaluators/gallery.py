@@ -106,9 +106,7 @@ def show(
             small = image.resize([n * backbone.patch_size for n in reversed(grid)])
             rows = attention.attention_rows(backbone, see(small))  # (heads, T, N)
             note = _note(grid, maps.shape[1:])
-            exhibits.append(
-                attention_page.exhibit(picture.title, image, rows.numpy(), grid, note)
-            )
+            exhibits.append(attention_page.exhibit(picture.title, image, rows.numpy(), grid, note))
     if exhibits:
         colours = {name: figures.colour_table(name) for name in _COLOURS}
         text = attention_page.page("Attention", page.origin, exhibits, colours, threshold)
