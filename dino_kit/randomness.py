@@ -14,6 +14,9 @@ import numpy as np
 
 
 def stream(purpose: str, *indices: int) -> np.random.Generator:
-    """A generator that depends on nothing but ``purpose`` and the non-negative ``indices``."""
+    """A generator that depends on nothing but ``purpose`` and the non-negative ``indices``.
+
+    A purpose always has the same number of indices, each below 2**32.
+    """
     key = np.random.SeedSequence([zlib.crc32(purpose.encode()), *indices])
     return np.random.Generator(np.random.Philox(key))

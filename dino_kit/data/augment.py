@@ -117,5 +117,10 @@ def center_view(image: Image.Image, resize: int, crop: int) -> np.ndarray:
         size = (int(resize * width / height), resize)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - crop) / 2.0), round((size[1] - crop) / 2.0)
+    left, top = (_margin(side, crop) for side in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
+
+
+def _margin(side: int, crop: int) -> int:
+    """What is cut off before a centre crop; negative: what is padded, the smaller half."""
+    return round((side - crop) / 2.0) if side >= crop else -((crop - side) // 2)

@@ -24,12 +24,13 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
         return Image.fromarray(data)
     try:
         with warnings.catch_warnings():
-            # A large photograph is no fault; what could exhaust the memory is an error below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # A large photograph, a transparent palette or odd EXIF is no fault, and a warning
+            # names no file; what could exhaust the memory is an error below.
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data)).convert("RGB")
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large to be read as an image: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # broken data makes Pillow's readers raise almost anything
         reason = "the file is empty" if not data else _reason(error)
         raise UserError(f"{name} cannot be read as an image: {reason}.") from error
 

@@ -123,7 +123,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which a container or a job can make fewer than there are."""
+    """Cores that this process may run on, which a job can make fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -203,8 +203,8 @@ class _Crops(Dataset):
 def _channels_first(pixels: np.ndarray | Tensor) -> Tensor:
     if isinstance(pixels, Tensor):
         return pixels
-    # Pillow's memory is read-only, and is copied into the batch right after.
-    return torch.from_numpy(np.array(pixels, copy=not pixels.flags.writeable)).permute(2, 0, 1)
+    # A copy, because torch takes neither Pillow's read-only memory nor negative strides.
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def _as_it_is(batch: Batch | str) -> Batch | str:

@@ -21,8 +21,8 @@ from dino_kit import log
 from dino_kit.errors import UserError
 from dino_kit.randomness import stream
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp".split()  # those that torchvision lists
+EXTENSIONS = frozenset(  # those that torchvision lists
+    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 )
 DIGITS = "digits"
 _TRAIN, _QUERIES = "train", ("val", "test")
@@ -49,7 +49,8 @@ class FolderSource:
     """Images at any depth below ``root``; the class is the first folder below it.
 
     Where an image lies in ``root`` itself there are no classes. The order does not depend on the
-    file system: it is that of the paths, part by part. Hidden files and folders are left out.
+    file system: it is that of the paths, part by part. Names that differ only in how accents are
+    stored are the same class. Hidden files and folders are left out.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -68,21 +69,16 @@ class FolderSource:
                 f"{', '.join(sorted(EXTENSIONS))} and found {_count(others)}."
             )
         flat = any("/" not in path for path in self.paths)
-        self.classes = None if flat else sorted({_first(path) for path in self.paths}, key=_order)
+        self.classes = None if flat else sorted({_class(path) for path in self.paths})
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened: {error.strerror}.") from error
+        return read_file(self.name(index))
 
     def label(self, index: int) -> int | None:
-        return None if self.classes is None else self._places[_first(self.paths[index])]
+        return None if self.classes is None else self._places[_class(self.paths[index])]
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, *self.paths[index].split("/"))
@@ -93,11 +89,11 @@ class FolderSource:
 
 
 class DigitsSource:
-    """Handwritten digits of scikit-learn, 8 × 8 pixels: 80 % of each class to train, the rest to test.
+    """Handwritten digits of scikit-learn, 8 × 8 pixels.
 
-    The split is drawn once and for all, class by class. With ``moved`` each digit lies at a place
-    of its own on a canvas of 12 × 12 pixels, up to a quarter of its side from the middle, in
-    colours of its own; these are drawn once too.
+    80 % of each class are to train, the rest to test; the split is drawn once and for all, class
+    by class. With ``moved`` each digit lies at a place of its own on a canvas of 12 × 12 pixels,
+    up to a quarter of its side from the middle, in colours of its own; these are drawn once too.
     """
 
     def __init__(self, split: str, moved: bool = False):
@@ -150,6 +146,15 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+
+def read_file(path: str | Path) -> bytes:
+    """A file's bytes; raises :class:`UserError` where they cannot be had."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}.") from error
 
 
 def open_training_source(data_path: str) -> Source:
@@ -293,13 +298,15 @@ def _list_images(root: str, others: Counter[str]) -> list[str]:
         try:
             entries = list(os.scandir(os.path.join(root, *prefix.split("/"))))
         except OSError as error:
-            raise UserError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+            raise UserError(
+                f"The folder {error.filename} cannot be read: {error.strerror}."
+            ) from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             path = f"{prefix}/{entry.name}" if prefix else entry.name
             extension = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else (
                     os.path.join(ancestors[-1], entry.name))
                 if real not in ancestors:  # a link to a folder above would never end
@@ -311,13 +318,22 @@ def _list_images(root: str, others: Counter[str]) -> list[str]:
     return found
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    # A link to itself is an error to DirEntry.is_dir.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _composed(name: str) -> str:
+    """``name`` with composed accents: some file systems hand out decomposed ones."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _order(path: str) -> tuple:
-    # Some file systems hand out decomposed names; the order is that of the composed ones.
-    return tuple(unicodedata.normalize("NFC", path).split("/")), path
+    return tuple(_composed(path).split("/")), path
 
 
-def _first(path: str) -> str:
-    return path.partition("/")[0]
+def _class(path: str) -> str:
+    return _composed(path.partition("/")[0])
 
 
 def _count(others: Counter[str]) -> str:
@@ -328,7 +344,8 @@ def _count(others: Counter[str]) -> str:
 
 def _hash_share(path: str) -> float:
     """A number in [0, 1) that depends on the name alone, so that new images move no old one."""
-    name = unicodedata.normalize("NFC", path).encode()
+    # What is no Unicode in a file name stands in it as surrogates.
+    name = _composed(path).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
 
