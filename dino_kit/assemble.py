@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,20 @@ def backbone_options(config: TrainConfig) -> dict[str, Any]:
     return {"patch_size": config.patch_size, "image_size": config.global_crops_size, **given}
 
 
+def untrained_backbone(config: TrainConfig) -> nn.Module:
+    """The backbone that student and teacher of ``config`` start as, on the CPU, in eval mode."""
+    with _seeded(config):
+        return create_backbone(config.arch, **backbone_options(config)).eval()
+
+
+@contextmanager
+def _seeded(config: TrainConfig) -> Iterator[None]:
+    """Within, weights are drawn from the run's seed: on the CPU, so that the device is no matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        yield
+
+
 def build_learner(
     config: TrainConfig, steps_per_epoch: int, device: torch.device, precision: str
 ) -> Learner:
@@ -274,9 +289,7 @@ def build_learner(
         )
 
     options = backbone_options(config)
-    # Weights are drawn on the CPU, so that they do not depend on the device.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with _seeded(config):
         backbone = create_backbone(config.arch, drop_path_rate=config.drop_path_rate, **options)
         student_head = head(backbone, config.norm_last_layer)
         teacher_backbone = create_backbone(config.arch, **options)

@@ -70,7 +70,7 @@ def repetition(command: str, config: Checkpoint) -> dict[str, Any]:
     return {
         "settings": fields.to_plain(config),
         "command": _command_line(command, config),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -86,7 +86,8 @@ def _command_line(command: str, config: Checkpoint) -> str:
     return shlex.join(words)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Python's version, and those of the packages that results depend on."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

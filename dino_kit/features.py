@@ -47,7 +47,7 @@ def extract(
         batch_size: B.
         num_workers: processes that read and prepare images; 0 for this one.
         device: where the backbone runs.
-        description: what the progress line calls it.
+        description: what the progress line calls it; empty for no line.
 
     Returns:
         Features (n, D), float32, and labels (n,), int64.

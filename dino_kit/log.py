@@ -54,11 +54,11 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(total: int, description: str, start: int = 0) -> Iterator[Callable[..., None]]:
-    """Show how far a loop of ``total`` rounds is, from round ``start`` on.
+    """Show how far a loop of ``total`` rounds is, from round ``start`` on; not without a description.
 
     Yields ``advance(rounds=1, text="")``; ``text`` (loss, rate …) stands until the next one.
     """
-    if not distributed.is_main():
+    if not description or not distributed.is_main():
         yield lambda rounds=1, text="": None
     elif _console().is_terminal:
         with _bar(total, description, start) as advance:

@@ -68,8 +68,8 @@ class Labelled:
 
     data_path: str | None = option(
         None,
-        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class, or "
-        "digits.",
+        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class; or "
+        "digits, or digits:moved, whose test images are moved and larger.",
         nothing="",
     )
     train_data: str | None = option(

@@ -24,7 +24,7 @@ from dino_kit.randomness import stream
 EXTENSIONS = frozenset(  # those that torchvision lists
     (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 )
-DIGITS = "digits"
+DIGITS, DIGITS_MOVED = "digits", "digits:moved"
 _TRAIN, _QUERIES = "train", ("val", "test")
 
 
@@ -92,8 +92,8 @@ class DigitsSource:
     """Handwritten digits of scikit-learn, 8 × 8 pixels.
 
     80 % of each class are to train, the rest to test; the split is drawn once and for all, class
-    by class. With ``moved`` each digit lies at a place of its own on a canvas of 12 × 12 pixels,
-    up to a quarter of its side from the middle, in colours of its own; these are drawn once too.
+    by class. With ``moved`` a digit is seen through a window of 6 × 6 pixels at a place of its own,
+    also drawn once: at one size of picture it is moved by up to a quarter of its side, and larger.
     """
 
     def __init__(self, split: str, moved: bool = False):
@@ -108,13 +108,13 @@ class DigitsSource:
             chosen.append(order[:cut] if split == _TRAIN else order[cut:])
         self._rows = np.sort(np.concatenate(chosen))
         self._labels = labels[self._rows]
-        ink = pixels[self._rows].reshape(-1, 8, 8) / 16.0  # 0 paper … 1 ink
-        self._images = np.stack(
-            [_moved(one, row) if moved else _plain(one)
-             for one, row in zip(ink, self._rows, strict=True)]
-        )
+        ink = (pixels[self._rows].reshape(-1, 8, 8, 1) * (255 / 16)).round()  # 0 paper … 255 ink
+        self._images = [image for image in ink.astype(np.uint8).repeat(3, axis=3)]
+        if moved:
+            pairs = zip(self._images, self._rows, strict=True)
+            self._images = [_through_a_window(image, row) for image, row in pairs]
         self.classes = [str(digit) for digit in range(10)]
-        self._kind = "digits:moved" if moved else DIGITS
+        self._kind = DIGITS_MOVED if moved else DIGITS
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -206,8 +206,9 @@ def open_labelled_sources(
 
 
 def _open_digits(data_path: str, split: str) -> DigitsSource | None:
-    if data_path in (DIGITS, "digits:moved") and not os.path.exists(data_path):
-        return DigitsSource(split, moved=data_path != DIGITS)
+    """The digits, if they are meant; ``digits:moved`` moves those to test, and no others."""
+    if data_path in (DIGITS, DIGITS_MOVED) and not os.path.exists(data_path):
+        return DigitsSource(split, moved=data_path == DIGITS_MOVED and split != _TRAIN)
     return None
 
 
@@ -285,7 +286,7 @@ def _refuse_unknown_kind(data_path: str) -> None:
     if colon and len(kind) > 1 and not os.path.exists(data_path):
         raise UserError(
             f"{data_path} is neither a folder nor a known kind of data; give a folder of images, "
-            f"{DIGITS} or digits:moved."
+            f"{DIGITS} or {DIGITS_MOVED}."
         )
 
 
@@ -349,15 +350,6 @@ def _hash_share(path: str) -> float:
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
 
-def _plain(ink: np.ndarray) -> np.ndarray:
-    return np.repeat((ink * 255).round().astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _moved(ink: np.ndarray, row: int) -> np.ndarray:
-    rng = stream("moved digit", int(row))
-    canvas = np.zeros((12, 12, 1))
-    top, left = rng.integers(0, 5, size=2)
-    canvas[top : top + 8, left : left + 8, 0] = ink
-    dark, light = rng.uniform(0.0, 0.4, size=3), rng.uniform(0.6, 1.0, size=3)
-    paper, pen = (dark, light) if rng.random() < 0.5 else (light, dark)
-    return ((paper + (pen - paper) * canvas) * 255).round().astype(np.uint8)
+def _through_a_window(image: np.ndarray, row: int) -> np.ndarray:
+    top, left = stream("moved digit", int(row)).integers(0, 3, size=2)
+    return image[top : top + 6, left : left + 6]

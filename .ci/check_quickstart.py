@@ -1,0 +1,15 @@
+"""Hold the numbers of a quickstart, in the folder given, against those measured on three seeds."""
+
+import json
+import sys
+from pathlib import Path
+
+# Mean less three deviations of seeds 0, 1 and 2: the teacher's k-NN top-1 in percent.
+LEAST = {"digits": 93.0, "digits:moved": 66.0}
+
+result = json.loads(Path(sys.argv[1], "quickstart.json").read_text(encoding="utf-8"))
+print(json.dumps(result["top1_percent"]), f"{result['seconds']} s")
+for data, least in LEAST.items():
+    teacher = result["top1_percent"]["teacher"][data]
+    if teacher < least:
+        sys.exit(f"teacher on {data}: {teacher:.1f} %, and at least {least} % was expected")

@@ -1,0 +1,93 @@
+"""The first command: its table, its pictures, what it says, and that it repeats."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dino_kit import cli, files, log
+from dino_kit.assemble import build_learner, untrained_backbone
+from dino_kit.config import fields, recipe
+from dino_kit.config.train import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Two epochs in place of the recipe's, and a fresh count of notices."""
+    read = recipe.read
+
+    def read_short(schema, name):
+        return read(schema, name) | {"epochs": 2, "warmup_epochs": 1, "num_workers": 0}
+
+    monkeypatch.setattr(recipe, "read", read_short)
+    monkeypatch.setattr(log, "_noticed", set())
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def quickstart(out, *flags) -> dict:
+    assert cli.main(["quickstart", "--output_dir", str(out), *flags]) == 0
+    return json.loads((out / "quickstart.json").read_text())
+
+
+def test_it_pretrains_measures_shows_and_says_what_is_next(tmp_path, capsys):
+    out = tmp_path / "out"
+    result = quickstart(out)
+    said = capsys.readouterr().out
+    for row in ("raw pixels", "untrained backbone", "teacher"):
+        assert row in said
+    assert "dino-kit train --arch vit_small --patch_size 16 --data_path FOLDER" in said
+    assert str(out) in said and "attention.html" in said
+
+    percents = result["top1_percent"]
+    assert percents["pixels"]["digits"] > 97
+    assert percents["pixels"]["digits:moved"] < 50
+    assert all(0 < percent < 100 for row in percents.values() for percent in row.values())
+    for row in percents.values():
+        for percent in row.values():
+            assert f"{percent:.1f}" in said
+    assert result["checkpoint"]["sha256"] == files.sha256(out / "checkpoint.pth")
+
+    for digit in range(10):
+        pictures = {path.name for path in (out / f"attention/digit{digit}").iterdir()}
+        assert pictures >= {f"attn-head{head}.png" for head in range(4)} | {"sheet.png"}
+    page = (out / "attention/attention.html").read_text(encoding="utf-8")
+    assert page.count("test digit ") == 10
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_one_others(tmp_path):
+    first, again = quickstart(tmp_path / "a"), quickstart(tmp_path / "b")
+    assert first["top1_percent"] == again["top1_percent"]
+    other = quickstart(tmp_path / "c", "--seed", "1")
+    assert other["top1_percent"]["teacher"] != first["top1_percent"]["teacher"]
+    assert other["top1_percent"]["pixels"] == first["top1_percent"]["pixels"]
+
+
+def test_a_second_call_shows_the_finished_run_again(tmp_path, capsys):
+    first = quickstart(tmp_path)
+    written = (tmp_path / "checkpoint.pth").stat().st_mtime_ns
+    assert quickstart(tmp_path)["top1_percent"] == first["top1_percent"]
+    assert (tmp_path / "checkpoint.pth").stat().st_mtime_ns == written
+
+
+def test_another_seed_in_the_same_folder_is_refused_in_a_sentence(tmp_path, capsys):
+    quickstart(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["quickstart", "--output_dir", str(tmp_path), "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "seed was 0 and is now 1" in said and said.count("\n") == 1
+
+
+def test_the_untrained_backbone_is_what_the_run_starts_from():
+    settings = recipe.read(TrainConfig, "quickstart") | {"output_dir": "out", "drop_path_rate": 0.1}
+    config = fields.create(TrainConfig, settings)
+    learner = build_learner(config, 10, torch.device("cpu"), "fp32")
+    untrained = untrained_backbone(config)
+    assert not untrained.training
+    for network in (learner.student, learner.teacher):
+        own = network.backbone.state_dict()
+        assert own.keys() == untrained.state_dict().keys()
+        assert all(torch.equal(own[name], w) for name, w in untrained.state_dict().items())
