@@ -8,6 +8,7 @@ one every ten seconds.
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dino_kit import distributed
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_WIDEST_PARAGRAPH = 100
 _noticed: set[str] = set()
 
 
@@ -22,6 +24,14 @@ def say(text: str) -> None:
     """One line on standard output."""
     if distributed.is_main():
         _print(_console(), text)
+
+
+def paragraph(text: str) -> None:
+    """Prose on standard output, broken between words where the terminal, or a page, is full."""
+    if distributed.is_main():
+        console = _console()
+        width = min(console.width, _WIDEST_PARAGRAPH)
+        _print(console, textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
 
 
 def notice(text: str) -> None:
@@ -32,7 +42,7 @@ def notice(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A titled table; the first column is text, the others are numbers."""
+    """A table, under its title if that is not empty: a column of text, then columns of numbers."""
     if not distributed.is_main():
         return
     from rich.table import Table
@@ -69,7 +79,13 @@ def progress(total: int, description: str, start: int = 0) -> Iterator[Callable[
 
 @contextmanager
 def _bar(total: int, description: str, start: int) -> Iterator[Callable[..., None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -112,11 +128,13 @@ def _print(console, text: str) -> None:
     # The name of a file need not be valid text, nor be writable in the terminal's encoding.
     encoding = console.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _console(stderr: bool = False):
     # Made anew each time: tests and callers may have replaced sys.stdout since.
     from rich.console import Console
 
-    return Console(file=sys.stderr if stderr else sys.stdout)
+    # Names of files are shown as they are, also where they hold [brackets] or :words:.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, markup=False, emoji=False, highlight=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 # The tests' tensors are small: threads would spend their time waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 GOLDEN = Path(os.environ.get("DINO_KIT_GOLDEN") or Path(__file__).parent / "golden")
 

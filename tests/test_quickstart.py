@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 
 import pytest
 import torch
 
-from dino_kit import cli, files, log
+from dino_kit import cli, files
 from dino_kit.assemble import build_learner, untrained_backbone
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Two epochs in place of the recipe's, and a fresh count of notices."""
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Two epochs in place of the recipe's; and the threads are as before at the end."""
     read = recipe.read
 
     def read_short(schema, name):
         return read(schema, name) | {"epochs": 2, "warmup_epochs": 1, "num_workers": 0}
 
-    monkeypatch.setattr(recipe, "read", read_short)
-    monkeypatch.setattr(log, "_noticed", set())
     threads = torch.get_num_threads()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "read", read_short)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -33,10 +36,17 @@ def quickstart(out, *flags) -> dict:
     return json.loads((out / "quickstart.json").read_text())
 
 
-def test_it_pretrains_measures_shows_and_says_what_is_next(tmp_path, capsys):
-    out = tmp_path / "out"
-    result = quickstart(out)
-    said = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder, the numbers and the words of a run with seed 0."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = quickstart(out)
+    return out, result, said.getvalue()
+
+
+def test_it_pretrains_measures_shows_and_says_what_is_next(first):
+    out, result, said = first
     for row in ("raw pixels", "untrained backbone", "teacher"):
         assert row in said
     assert "dino-kit train --arch vit_small --patch_size 16 --data_path FOLDER" in said
@@ -45,9 +55,9 @@ def test_it_pretrains_measures_shows_and_says_what_is_next(tmp_path, capsys):
     percents = result["top1_percent"]
     assert percents["pixels"]["digits"] > 97
     assert percents["pixels"]["digits:moved"] < 50
-    assert all(0 < percent < 100 for row in percents.values() for percent in row.values())
     for row in percents.values():
         for percent in row.values():
+            assert 0 < percent < 100
             assert f"{percent:.1f}" in said
     assert result["checkpoint"]["sha256"] == files.sha256(out / "checkpoint.pth")
 
@@ -58,27 +68,29 @@ def test_it_pretrains_measures_shows_and_says_what_is_next(tmp_path, capsys):
     assert page.count("test digit ") == 10
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_one_others(tmp_path):
-    first, again = quickstart(tmp_path / "a"), quickstart(tmp_path / "b")
-    assert first["top1_percent"] == again["top1_percent"]
-    other = quickstart(tmp_path / "c", "--seed", "1")
-    assert other["top1_percent"]["teacher"] != first["top1_percent"]["teacher"]
-    assert other["top1_percent"]["pixels"] == first["top1_percent"]["pixels"]
+def test_the_same_seed_gives_the_same_numbers_and_another_one_others(first, tmp_path):
+    _, result, _ = first
+    assert quickstart(tmp_path / "again")["top1_percent"] == result["top1_percent"]
+    other = quickstart(tmp_path / "other", "--seed", "1")["top1_percent"]
+    assert other["teacher"] != result["top1_percent"]["teacher"]
+    assert other["pixels"] == result["top1_percent"]["pixels"]
 
 
-def test_a_second_call_shows_the_finished_run_again(tmp_path, capsys):
-    first = quickstart(tmp_path)
-    written = (tmp_path / "checkpoint.pth").stat().st_mtime_ns
-    assert quickstart(tmp_path)["top1_percent"] == first["top1_percent"]
-    assert (tmp_path / "checkpoint.pth").stat().st_mtime_ns == written
+def test_a_second_call_shows_the_finished_run_again(first):
+    out, result, _ = first
+    written = (out / "checkpoint.pth").stat().st_mtime_ns
+    assert quickstart(out)["top1_percent"] == result["top1_percent"]
+    assert (out / "checkpoint.pth").stat().st_mtime_ns == written
 
 
-def test_another_seed_in_the_same_folder_is_refused_in_a_sentence(tmp_path, capsys):
-    quickstart(tmp_path)
-    capsys.readouterr()
-    assert cli.main(["quickstart", "--output_dir", str(tmp_path), "--seed", "1"]) == 2
+def test_another_seed_in_the_same_folder_is_refused_unless_the_run_may_go(first, tmp_path, capsys):
+    out = shutil.copytree(first[0], tmp_path / "copy")
+    words = ["quickstart", "--output_dir", str(out), "--seed", "1"]
+    assert cli.main(words) == 2
     said = capsys.readouterr().err
     assert "seed was 0 and is now 1" in said and said.count("\n") == 1
+    assert "--resume never" in said
+    assert quickstart(out, "--seed", "1", "--resume", "never")["settings"]["seed"] == 1
 
 
 def test_the_untrained_backbone_is_what_the_run_starts_from():

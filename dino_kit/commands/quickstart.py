@@ -33,7 +33,7 @@ def run(config: QuickstartConfig) -> None:
     began = time.monotonic()
     # The network is small: a second thread would mostly wait, and a worker makes crops meanwhile.
     torch.set_num_threads(1)
-    settings = {"output_dir": config.output_dir, "seed": config.seed}
+    settings = {name: getattr(config, name) for name in ("output_dir", "seed", "resume")}
     train = fields.create(TrainConfig, recipe.read(TrainConfig, "quickstart") | settings)
     assemble(train).train()
 
@@ -69,22 +69,28 @@ def run(config: QuickstartConfig) -> None:
 
 def _tell(results: dict[str, dict[str, float]], out: Path, sheets: int) -> None:
     log.say("")
+    log.paragraph(
+        f"k-NN: of the test digits, which training never saw, how many percent are of the class "
+        f"that the {_K} nearest training digits vote for; nearest by their pixels, by the network "
+        "before training, and by the teacher that it became."
+    )
     log.table(
-        f"Test digits told apart by their {_K} nearest training digits, %",
+        "",
         ["nearest by", *_COLUMNS.values()],
         [
             (_ROWS[name], *(f"{percent:.1f}" for percent in by_data.values()))
             for name, by_data in results.items()
         ],
     )
-    log.say(
+    log.paragraph(
         "Pixels do well only while nothing moves: every digit of this collection lies in the "
-        "middle, at one size,\nso equal digits have equal pixels. The network saw no label; from "
-        "crops alone it learnt what stays the same\nwhen a digit moves and grows."
+        "middle, at one size, so equal digits have equal pixels. The network saw no label; from "
+        "crops alone it learnt what stays the same when a digit moves and grows."
     )
-    log.say(
-        f"\nEverything is in {out}: the run, quickstart.json, and attention/, with a picture of "
-        f"each head for {sheets} test\ndigits; open {out / 'attention' / 'attention.html'} in a "
+    log.say("")
+    log.paragraph(
+        f"Everything is in {out}: the run, quickstart.json, and attention/, with a picture of "
+        f"each head for {sheets} test digits; open {out / 'attention' / 'attention.html'} in a "
         "browser to explore them."
     )
     log.say("\nNext, with images of your own, labelled or not:")
@@ -131,5 +137,6 @@ def _look(backbone: nn.Module, size: int, folder: Path, run: str) -> int:
     ]  # fmt: skip
     origin = f"The network is the teacher of {run}, pretrained by dino-kit quickstart."
     page = Page(folder / "attention.html", len(pictures), origin)
-    show(backbone, pictures, image_size=(size, size), page=page)
+    # At twice the size of the training crops there are 6 × 6 patches to look at, not 3 × 3.
+    show(backbone, pictures, image_size=(2 * size, 2 * size), page=page)
     return len(pictures)

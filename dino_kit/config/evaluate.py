@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dino_kit.config import architectures
 from dino_kit.config.fields import REQUIRED, Checked, option
@@ -158,3 +159,6 @@ class QuickstartConfig(Checked):
     output_dir: str = option("dino_kit_quickstart", "Folder to write to.")
     seed: int = option(0, "Seed of everything random; the same seed gives the same numbers.",
                        low=0, high=2**32 - 1)
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto goes on with the run in --output_dir; never begins again in its place."
+    )
