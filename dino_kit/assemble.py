@@ -44,10 +44,31 @@ class Run:
     monitor: Monitor
     skipped: engine.Skipped
     start: int
+    replaces: bool  # what the folder holds of an earlier run
 
     def train(self) -> None:
-        """Take the remaining steps. Raises RunFailed when too many of them are not finite."""
+        """Take the remaining steps.
+
+        Raises:
+            RunFailed: too many of them are not finite.
+            UserError: an image cannot be read, or another process is training in the folder.
+        """
+        if not distributed.is_main():
+            self._train()
+            return
+        folder = Path(self.config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.lock(folder, "training"):
+            files.remove_leftovers(folder)
+            if self.replaces:
+                checkpoint.remove(folder)
+            if self.start < self.loader.total_steps:
+                files.write_text(folder / "config.yaml", recipe.dump(self.config))
+            self._train()
+
+    def _train(self) -> None:
         steps_per_epoch = self.loader.steps_per_epoch
+        self.monitor.open()
         try:
             engine.train(
                 self.learner,
@@ -106,20 +127,17 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
     files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
-    config = with_total_batch(config)
+    config = with_total_batch(config, device)
     source = open_training_source(config.data_path)
-    saved = find_checkpoint(config, len(source))
+    saved = find_checkpoint(config, len(source), device)
     start = saved["step"] if saved else 0
+    # What is written down goes on by its recipe or its checkpoint, and does not begin again.
+    replaces, config = config.resume == "never", replace(config, resume="auto")
     distributed.start(device)
 
     loader = build_loader(config, source, views or view_groups(config), device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
     skipped = engine.Skipped()
-    if distributed.is_main():
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(folder)
-        files.write_text(folder / "config.yaml", recipe.dump(config))
     monitor = Monitor(
         config.output_dir,
         steps_per_epoch=loader.steps_per_epoch,
@@ -134,7 +152,7 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
         skipped = engine.Skipped(**saved["skipped"])
     introduce(config, source, learner, loader, precision)
     prepare = Prepare(device)
-    return Run(config, source, learner, loader, prepare, monitor, skipped, start)
+    return Run(config, source, learner, loader, prepare, monitor, skipped, start, replaces)
 
 
 class Prepare:
@@ -149,7 +167,7 @@ class Prepare:
         return MicroBatch([self.normalize(group) for group in groups], batch.places)
 
 
-def with_total_batch(config: TrainConfig) -> TrainConfig:
+def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
     """``config`` with the total batch written out, so that it no longer depends on the machine."""
     if config.total_batch_size is None:
         total = config.batch_size_per_gpu * distributed.world_size()
@@ -161,7 +179,7 @@ def with_total_batch(config: TrainConfig) -> TrainConfig:
             f"{config.batch_size_per_gpu} would normalise each part by itself, which is another "
             "method; raise --batch_size_per_gpu or lower --total_batch_size."
         )
-    if config.use_bn_in_head and distributed.world_size() > 1 and not torch.cuda.is_available():
+    if config.use_bn_in_head and distributed.world_size() > 1 and device.type != "cuda":
         raise UserError(
             "--use_bn_in_head over several processes needs GPUs, because PyTorch cannot "
             "synchronise a batch norm on CPUs; use one process or leave it off."
@@ -169,7 +187,9 @@ def with_total_batch(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def find_checkpoint(config: TrainConfig, images: int) -> dict[str, Any] | None:
+def find_checkpoint(
+    config: TrainConfig, images: int, device: torch.device
+) -> dict[str, Any] | None:
     """The checkpoint that ``config`` goes on from, if its folder has one.
 
     Raises:
@@ -180,7 +200,8 @@ def find_checkpoint(config: TrainConfig, images: int) -> dict[str, Any] | None:
     saved = checkpoint.newest(config.output_dir)
     if saved is None:
         return None
-    if "step" not in saved or "config" not in saved:
+    needed = ("step", "config", "images", "skipped", "monitor")
+    if any(name not in saved for name in needed) or not isinstance(saved["config"], dict):
         raise UserError(
             f"The checkpoint in {config.output_dir} was not written by dino-kit train, so a run "
             "cannot go on from it; give another --output_dir."
@@ -188,7 +209,9 @@ def find_checkpoint(config: TrainConfig, images: int) -> dict[str, Any] | None:
     before = fields.from_plain(TrainConfig, saved["config"])
     changed = [
         f"{name} was {old} and is now {new}"
-        for name, old, new in fields.differences(before, config)
+        for name, old, new in fields.differences(
+            _with_one_precision(before, device), _with_one_precision(config, device)
+        )
         if name not in RESUMABLE
     ]
     if saved["images"] != images:
@@ -199,6 +222,14 @@ def find_checkpoint(config: TrainConfig, images: int) -> dict[str, Any] | None:
             "another --output_dir, or --resume never to begin again in this one."
         )
     return saved
+
+
+def _with_one_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """``config`` with what ``use_fp16`` or ``auto`` mean on ``device`` written as ``precision``."""
+    precision = {None: config.precision, True: "fp16", False: "fp32"}[config.use_fp16]
+    if precision == "auto" or device.type != "cuda" and config.use_fp16:
+        precision = resolve_precision("auto", None, device)
+    return replace(config, precision=precision, use_fp16=None)
 
 
 def view_groups(config: TrainConfig) -> list[list[View]]:

@@ -14,12 +14,13 @@ from typing import Any
 from dino_kit import log
 from dino_kit.config import fields, recipe
 from dino_kit.config.commands import COMMANDS, Command
-from dino_kit.config.train import TrainConfig
+from dino_kit.config.train import SAME_THING, TrainConfig
 from dino_kit.errors import RunFailed, UserError
 
 _REFUSED_BY_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG, errno.ELOOP,
+    errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
 
 
@@ -37,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         print(f"dino-kit: stopped: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        told = str(error).strip().partition("\n")[0] or "no more can be had"
+        print(
+            f"dino-kit: stopped: the memory does not suffice ({told}); a smaller "
+            "--batch_size_per_gpu, smaller crops or images, or a smaller network need less.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("dino-kit: interrupted.", file=sys.stderr)
         return 130
@@ -53,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dino-kit: error: {where}{error.strerror}.", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has a class of its own for a GPU's memory, and only a message for the host's.
+    told = f"{type(error).__name__} {error}"
+    return any(sign in told for sign in ("MemoryError", "OutOfMemory", "can't allocate memory"))
 
 
 def _main(words: list[str]) -> None:
@@ -90,6 +107,8 @@ def parse(name: str, words: Sequence[str]) -> Any:
     values: dict[str, Any] = {}
     if command.takes_recipe and loose:
         values |= recipe.read(TrainConfig, loose.pop(0))
+        for flag in given:
+            values.pop(SAME_THING.get(flag), None)
     for positional in fields.marked(command.schema, "positional"):
         if loose:
             given[positional] = [loose.pop(0)]

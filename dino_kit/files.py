@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -15,11 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from dino_kit.errors import UserError
-
-_UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError,
-    IndexError, AttributeError, OSError,
-)  # fmt: skip
 
 
 @contextmanager
@@ -48,9 +44,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def require_folder(flag: str, folder: str | None) -> None:
-    """Raises :class:`UserError` where the folder that ``flag`` names exists and is none."""
-    if folder and os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"--{flag} {folder} is a file; a folder is needed.")
+    """Raises :class:`UserError` where the folder that ``flag`` names cannot be one."""
+    for place in (Path(folder), *Path(folder).parents) if folder else ():
+        if place.exists() and not place.is_dir():
+            inside = "" if place == Path(folder) else f" would lie in {place}, which"
+            raise UserError(f"--{flag} {folder}{inside} is a file; a folder is needed.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -79,6 +77,41 @@ def same_content(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     _sync_folder(target.parent)
+
+
+@contextmanager
+def lock(folder: str | Path, holder: str) -> Iterator[None]:
+    """Hold ``folder`` for this process; what a killed process held is free again.
+
+    Where the file system knows no locks, as some network file systems, nothing is held.
+
+    Raises:
+        UserError: another process holds it; ``holder`` says in the sentence what that does.
+    """
+    with open(Path(folder) / ".lock", "ab") as file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            raise UserError(f"Another process is {holder} in {folder}.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
+def _lock(file: IO) -> None:
+    """Lock an open file until it is closed; raises BlockingIOError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -128,8 +161,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    archived = zipfile.is_zipfile(path)
+    archived = False
     try:
+        archived = zipfile.is_zipfile(path)
         if archived:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -137,7 +171,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"{path} is damaged: the checksum of {damaged!r} does not match.")
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the readers raise almost anything
         if archived and isinstance(error, pickle.UnpicklingError):
             raise UserError(
                 f"{path} holds pickled objects that could run code, so it was not loaded; "

@@ -7,11 +7,13 @@ one every ten seconds.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from dino_kit import distributed
 
@@ -23,22 +25,21 @@ _noticed: set[str] = set()
 def say(text: str) -> None:
     """One line on standard output."""
     if distributed.is_main():
-        _print(_console(), text)
+        _print(text, sys.stdout)
 
 
 def paragraph(text: str) -> None:
     """Prose on standard output, broken between words where the terminal, or a page, is full."""
     if distributed.is_main():
-        console = _console()
-        width = min(console.width, _WIDEST_PARAGRAPH)
-        _print(console, textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
+        width = min(shutil.get_terminal_size().columns, _WIDEST_PARAGRAPH)
+        say(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
 
 
 def notice(text: str) -> None:
     """One line on standard error, marked as a notice; the same text only once per process."""
     if distributed.is_main() and text not in _noticed:
         _noticed.add(text)
-        _print(_console(stderr=True), f"notice: {text}")
+        _print(f"notice: {text}", sys.stderr)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -49,9 +50,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for place, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if place == 0 else "right")
+        justify = "left" if place == 0 else "right"
+        drawn.add_column(_writable(column, sys.stdout), justify=justify)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(_writable(cell, sys.stdout) for cell in row))
     _console().print(drawn)
 
 
@@ -124,17 +126,19 @@ class _PlainProgress:
         say("  ".join(part for part in parts if part))
 
 
-def _print(console, text: str) -> None:
+def _print(text: str, file: TextIO) -> None:
+    print(_writable(text, file), file=file, flush=True)
+
+
+def _writable(text: str, file: TextIO) -> str:
     # The name of a file need not be valid text, nor be writable in the terminal's encoding.
-    encoding = console.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    console.print(text, soft_wrap=True)
+    encoding = file.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _console(stderr: bool = False):
+def _console():
     # Made anew each time: tests and callers may have replaced sys.stdout since.
     from rich.console import Console
 
     # Names of files are shown as they are, also where they hold [brackets] or :words:.
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, markup=False, emoji=False, highlight=False)
+    return Console(file=sys.stdout, markup=False, emoji=False, highlight=False)

@@ -98,7 +98,8 @@ def load(
     sizes = _sizes(state, path)
     name = _name(arch, said, path)
     _compare(given, said, sizes, path)
-    name, sizes["num_heads"] = _heads(name, arch is not None, given, said, sizes, path)
+    by_flag = arch not in (None, architectures.FREE_VIT)
+    name, sizes["num_heads"] = _heads(name, by_flag, given, said, sizes, path)
     # First weights are drawn only to be replaced, so the caller's random numbers are left alone.
     with torch.random.fork_rng(devices=[]):
         backbone = create_backbone(architectures.FREE_VIT, **sizes)
@@ -203,16 +204,20 @@ def _sizes(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _name(arch: str | None, said: dict[str, Any], path: Path) -> str | None:
     """The architecture's name, given or said."""
-    for name in (arch, said.get("arch")):
-        if name is not None:
-            architectures.require_buildable(str(name))
+    if arch is not None:
+        architectures.require_buildable(arch)
+    if said.get("arch") is not None:
+        try:
+            architectures.require_buildable(str(said["arch"]))
+        except UserError as error:
+            raise UserError(f"What {path} says of itself cannot be built: {error}") from error
     given, saved = (
         None if name is None else architectures.canonical(str(name))
         for name in (arch, said.get("arch"))
     )
     if given and saved and given != saved and given != architectures.FREE_VIT:
         raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
-    return given or saved
+    return saved or given
 
 
 def _compare(

@@ -60,6 +60,21 @@ def test_a_damaged_one_is_noticed_and_the_one_before_is_used(tmp_path, capsys, m
     assert step_of(tmp_path) == 0
     said = capsys.readouterr().err
     assert "checkpoint.pth is damaged" in said and "checkpoint_previous.pth, is used" in said
+    # The damaged one must not become the one before it.
+    checkpoint.save(tmp_path, content(2))
+    assert step_of(tmp_path) == 2
+    damage(tmp_path / "checkpoint.pth")
+    assert step_of(tmp_path) == 0
+
+
+def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
+    checkpoint.save(tmp_path, content(0), "checkpoint0000.pth")
+    checkpoint.save(tmp_path, content(1), "checkpoint12345.pth")
+    for name in ("checkpoint_mine.pth", "checkpoint00.pth", "weights.pth"):
+        (tmp_path / name).touch()
+    checkpoint.remove(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint_mine.pth", "checkpoint00.pth", "weights.pth"}
 
 
 def test_where_none_can_be_read_nothing_begins_anew(tmp_path):

@@ -260,6 +260,8 @@ def test_help_and_errors_do_not_import_torch():
         (["train", "--help"], 0),
         (["train", "--lr", "x"], 2),
         (["train", "vits8"], 2),
+        (["train", "--arch", "resnet50", "--data_path", "x", "--output_dir", "y"], 2),
+        (["train", "vits8", "--use_fp16", "1", "--precision", "bf16"], 2),
         (["knn", "--zzz"], 2),
         (["config", "vits8"], 0),
     ]:
@@ -267,6 +269,47 @@ def test_help_and_errors_do_not_import_torch():
             [sys.executable, "-c", program, *words], check=False, capture_output=True, text=True
         )
         assert run.returncode == status, run.stderr
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch's own."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")],
+)  # fmt: skip
+def test_memory_that_does_not_suffice_is_said_in_a_sentence(error, capsys, monkeypatch):
+    def fail(words):
+        raise error
+
+    monkeypatch.setattr(cli, "_main", fail)
+    assert cli.main([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dino-kit: stopped: the memory does not suffice (")
+    assert "--batch_size_per_gpu" in said and said.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(words):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(cli, "_main", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main([])
+
+
+@pytest.mark.parametrize(
+    ("flag", "other"), [("use_fp16", "precision"), ("precision", "use_fp16")]
+)
+def test_a_flag_wins_over_the_same_thing_in_a_recipe(tmp_path, flag, other):
+    written = {"precision": "fp32", "use_fp16": "false"}[other]
+    given = {"precision": "bf16", "use_fp16": "true"}[flag]
+    (tmp_path / "one.yaml").write_text(f"{other}: {written}\n")
+    paths = ["--data_path", "x", "--output_dir", "y"]
+    config = cli.parse("train", [str(tmp_path / "one.yaml"), f"--{flag}", given, *paths])
+    assert getattr(config, other) == {"precision": "auto", "use_fp16": None}[other]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

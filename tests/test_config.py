@@ -262,6 +262,8 @@ def configurations(draw) -> TrainConfig:
     shares = st.floats(0, 1, exclude_min=True)
     for name in ("global_crops_scale", "local_crops_scale"):
         values[name] = tuple(sorted(draw(st.tuples(shares, shares))))
+    if values["precision"] != "auto":
+        values["use_fp16"] = None  # the two must not contradict each other
     for low, high in zip(*(values[f"blur_radius_{end}"] for end in ("min", "max")), strict=True):
         if low > high:
             values["blur_radius_min"] = (0.0,) * 3

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
+import tempfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dino_kit import files, log
 from dino_kit.errors import UserError
@@ -91,13 +99,71 @@ def test_a_flipped_byte_is_found(tmp_path):
         files.read_weights(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut off"])
+def deflated_and_damaged() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(range(256)) * 20)
+    damaged = bytearray(file.getvalue())
+    damaged[30 + len("archive/data.pkl")] = 0xFF  # where the compressed bytes begin
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>404</html>", b"PK\x03\x04 cut off", b"junk", b"run", b"GPU", b"\x80\x02.",
+     deflated_and_damaged()],
+)  # fmt: skip
 def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path, content):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint") as error:
         files.read_weights(path)
     assert "\n" not in str(error.value)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_any_damage_gives_the_content_or_a_sentence(data):
+    file = io.BytesIO()
+    torch.save({"x": torch.arange(5), "n": 3}, file)
+    damaged = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        path.write_bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+        with contextlib.suppress(UserError):
+            files.read_weights(path)
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    with files.lock(tmp_path, "training"):
+        with pytest.raises(UserError, match="Another process is training in"):
+            with files.lock(tmp_path, "training"):
+                pass
+        # It is free again for the next, also after a failure.
+    with contextlib.suppress(KeyError), files.lock(tmp_path, "training"):
+        raise KeyError
+    with files.lock(tmp_path, "training"):
+        pass
+
+
+def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
+    def no_locks(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "_lock", no_locks)
+    with files.lock(tmp_path, "training"), files.lock(tmp_path, "training"):
+        pass
+
+
+def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "a.yaml").write_text("")
+    files.require_folder("output_dir", str(tmp_path / "new/folder"))
+    files.require_folder("output_dir", None)
+    for place, said in [("a.yaml", "a.yaml is a file"), ("a.yaml/x/y", "a.yaml, which is a file")]:
+        with pytest.raises(UserError, match=f"--output_dir .*{said}; a folder is needed"):
+            files.require_folder("output_dir", str(tmp_path / place))
 
 
 def test_a_truncated_checkpoint_is_found(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,17 @@ def test_a_door_is_a_docstring_and_a_call(door):
         for node in ast.walk(tree)
     )
     assert not (door.parent / "__init__.py").exists()
+    # No path surgery: nothing is imported but the way in, and nothing of sys touched but two names.
+    imported = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imported == ["import sys", "from dino_kit.cli import main"]
+    of_sys = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert of_sys == {"exit", "argv"}
+
+
+def test_no_door_hides_a_library():
+    """A script's folder comes first on the path, so ``launch/submitit.py`` would be imported."""
+    libraries = set(metadata.packages_distributions()) | set(sys.stdlib_module_names)
+    assert not {door.stem for door in doors()} & libraries
 
 
 @pytest.mark.parametrize("door", doors(), ids=lambda path: f"{path.parent.name}/{path.name}")

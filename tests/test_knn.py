@@ -192,6 +192,7 @@ def test_the_command_on_two_classes_of_seven_images(small, backbone, capsys):
     assert (result["train_images"], result["test_images"], result["classes"]) == (14, 6, 2)
     assert torch.__version__.startswith(result["versions"]["torch"].split("+")[0])
     assert set(result["versions"]) >= {"python", "dino_kit", "faiss-cpu"}
+    assert {Path(place).parent for place in result["read"].values()} == {small / "data"}
     assert set(os.listdir(small / "run")) == {"checkpoint.pth", "knn.json"}
 
 

@@ -258,7 +258,7 @@ def writeable(image, parameters):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"total_batch_size": 12}, "There are 11 images, fewer than one batch of 12; lower --"),
+        ({"total_batch_size": 12}, "There are 11 images, fewer than one batch of 12; give --total_batch_size 11 or"),
         (
             {"total_batch_size": 7, "world_size": 2},
             "A total batch of 7 cannot be split evenly over 2 processes; change --total_batch_size",
@@ -287,7 +287,7 @@ def test_a_broken_image_ends_the_run_with_its_name(expected, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_that_cannot_read_ends_the_run_with_its_sentence(workers):
-    with pytest.raises(UserError, match=r"^a/b\.png cannot be opened: Gone\.$"):
+    with pytest.raises(UserError, match=r"^a/b\.png cannot be opened: Gone\. .*: replace the"):
         list(load(Unreadable(11), num_workers=workers))
 
 

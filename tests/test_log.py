@@ -42,6 +42,15 @@ def test_a_table_without_a_title_begins_with_its_columns(capsys):
     assert "name" in second and first.strip("┏━┳┓") == ""
 
 
+def test_what_a_terminal_cannot_write_is_escaped(monkeypatch):
+    bytes_ = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, encoding="ascii"))
+    log.say("é")
+    log.table("", ["é–", "%"], [["–", "1.0"]])
+    sys.stdout.flush()
+    assert rb"\xe9\u2013" in bytes_.getvalue() and rb"\u2013 " in bytes_.getvalue()
+
+
 def test_plain_lines_tell_progress_where_there_is_no_terminal(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

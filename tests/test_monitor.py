@@ -13,7 +13,7 @@ from dino_kit.training.monitor import Monitor
 
 
 def monitor(folder, start=0, log_every_steps=2) -> Monitor:
-    return Monitor(
+    one = Monitor(
         folder,
         steps_per_epoch=3,
         total_steps=9,
@@ -21,6 +21,8 @@ def monitor(folder, start=0, log_every_steps=2) -> Monitor:
         log_every_steps=log_every_steps,
         start=start,
     )
+    one.open()
+    return one
 
 
 def take(one: Monitor, steps, waited=0.0, dropped=()) -> None:
@@ -106,6 +108,18 @@ def test_waiting_for_data_is_logged_and_said_once(tmp_path, capsys, monkeypatch)
     assert shares == pytest.approx([0.1, 0.1, 0.6, 0.6])
     said = capsys.readouterr().err
     assert said.count("held back by its data: 60% of the time") == 1
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_the_start_of_the_workers_is_no_waiting(tmp_path, capsys, monkeypatch, start):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(log, "_noticed", set())
+    one = monitor(tmp_path, start=start)
+    for step in range(start, start + 4):
+        now[0] += 10
+        take(one, [step], waited=9 if step < start + 2 else 1)
+    assert "held back" not in capsys.readouterr().err
 
 
 def test_the_summary_is_short_and_empty_before_the_first_line(tmp_path):

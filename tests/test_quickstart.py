@@ -93,6 +93,14 @@ def test_another_seed_in_the_same_folder_is_refused_unless_the_run_may_go(first,
     assert quickstart(out, "--seed", "1", "--resume", "never")["settings"]["seed"] == 1
 
 
+def test_something_of_the_name_of_its_data_is_not_taken_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert cli.main(["quickstart"]) == 2
+    assert f"because {tmp_path / 'digits'} takes their name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
 def test_the_untrained_backbone_is_what_the_run_starts_from():
     settings = recipe.read(TrainConfig, "quickstart") | {"output_dir": "out", "drop_path_rate": 0.1}
     config = fields.create(TrainConfig, settings)

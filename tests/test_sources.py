@@ -20,6 +20,7 @@ from dino_kit.data.sources import (
     Subset,
     open_labelled_sources,
     open_training_source,
+    place,
     read_file,
 )
 from dino_kit.errors import UserError
@@ -462,17 +463,29 @@ def test_an_evaluation_without_data_is_refused():
 @pytest.mark.parametrize("split", [False, True])
 def test_an_evaluation_without_labels_is_refused(tmp_path, split):
     fill(tmp_path, *(["train/a/1.png", "val/2.png"] if split else ["1.png", "a/2.png"]))
-    place = tmp_path / "val" if split else tmp_path
+    where = tmp_path / "val" if split else tmp_path
     sentence = refusal(open_labelled_sources, str(tmp_path))
-    assert sentence.startswith(f"{place} has no labels, which an evaluation needs")
+    assert sentence.startswith(f"{where} has no labels, which an evaluation needs")
+    assert sentence.endswith("2.png among them." if split else "1.png among them.")
 
 
-@pytest.mark.parametrize(
-    "share, halves", [(0.0, "20 to search and 0"), (1.0, "0 to search and 20")]
-)
-def test_a_split_that_leaves_one_half_empty_is_refused(tmp_path, share, halves):
-    sentence = refusal(open_labelled_sources, many(tmp_path, range(10)), val_share=share)
-    assert f"--val_share {share} of the 20 images in {tmp_path} leaves {halves}" in sentence
+@pytest.mark.parametrize("share", [1e-9, 0.2, 1 - 1e-9])
+def test_every_class_has_images_on_both_sides_of_a_split(tmp_path, share):
+    fill(tmp_path, *(f"{name}/{i}.png" for name in "abc" for i in range(2)), "single/1.png")
+    bank, queries = open_labelled_sources(str(tmp_path), val_share=share)
+    labels = [[source.label(i) for i in range(len(source))] for source in (bank, queries)]
+    assert labels == [[0, 1, 2, 3], [0, 1, 2]]
+
+
+def test_a_folder_of_single_images_cannot_be_split(tmp_path):
+    sentence = refusal(open_labelled_sources, str(fill(tmp_path, "a/1.png", "b/2.png")))
+    assert sentence.startswith(f"No class in {tmp_path} has two images")
+
+
+def test_where_images_come_from_can_be_said(tmp_path, digits):
+    one = FolderSource(many(tmp_path, range(2)))
+    assert place(one) == place(Subset(one, [1])) == str(tmp_path)
+    assert place(digits["test", True]) == "digits:moved"
 
 
 def test_sources_can_be_sent_to_another_process(tmp_path, digits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def whole(pictures, tmp_path_factory) -> Path:
 
 
 def test_the_folder_of_a_run(whole, pictures):
-    assert {path.name for path in whole.iterdir()} == {
+    assert {path.name for path in whole.iterdir()} - {".lock"} == {
         "config.yaml", "checkpoint.pth", "checkpoint_previous.pth", "checkpoint0000.pth",
         "checkpoint0002.pth", "metrics.jsonl", "log.txt", "tensorboard",
     }  # fmt: skip
@@ -262,10 +263,89 @@ def test_other_images_are_refused(pictures, tmp_path, capsys):
     assert "had 10 images and now has 20" in capsys.readouterr().err
 
 
-def test_resume_never_begins_again(pictures, tmp_path):
-    assert train(pictures, tmp_path, "--epochs", 1, "--seed", 1) == 0
+def test_resume_never_begins_again_once(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path, "--epochs", 1, "--seed", 1, "--saveckp_freq", 1) == 0
+    (tmp_path / "checkpoint0007.pth").touch()  # of a run that was longer
     assert train(pictures, tmp_path, "--epochs", 2, "--resume", "never") == 0
     assert result(tmp_path)["step"] == 4 and [line["step"] for line in metrics(tmp_path)] == [3, 4]
+    assert not (tmp_path / "checkpoint0007.pth").exists()
+    # Its own recipe goes on with it.
+    assert recipe.read(TrainConfig, str(tmp_path / "config.yaml"))["resume"] == "auto"
+    capsys.readouterr()
+    assert cli.main(["train", str(tmp_path / "config.yaml")]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_the_run_that_makes_way_is_gone_before_the_new_one_has_a_checkpoint(
+    pictures, tmp_path, monkeypatch
+):
+    assert train(pictures, tmp_path) == 0
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 1)
+        train(pictures, tmp_path, "--resume", "never")
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_checkpoints_that_no_run_of_ours_wrote_stay(pictures, tmp_path):
+    (tmp_path / "checkpoint0099.pth").write_bytes(b"someone's")
+    assert train(pictures, tmp_path, "--epochs", 1) == 0
+    assert (tmp_path / "checkpoint0099.pth").read_bytes() == b"someone's"
+
+
+def test_a_finished_run_keeps_its_recipe(pictures, tmp_path):
+    assert train(pictures, tmp_path / "out", "--epochs", 1) == 0
+    before = (tmp_path / "out/config.yaml").read_bytes()
+    shutil.copytree(pictures, tmp_path / "moved")
+    assert train(tmp_path / "moved", tmp_path / "out", "--epochs", 1) == 0
+    assert (tmp_path / "out/config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--use_fp16", "false"], ["--precision", "fp32"]])
+def test_the_same_precision_by_another_name_is_the_same_run(whole, pictures, flags):
+    assert train(pictures, whole, "--saveckp_freq", 2, *flags) == 0
+
+
+def test_another_precision_is_another_run(whole, pictures, capsys):
+    assert train(pictures, whole, "--precision", "bf16") == 2
+    assert "precision was fp32 and is now bf16" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_costs_one_epoch_and_not_the_run(whole, pictures, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/checkpoint.pth").write_bytes(b"junk")
+    assert train(pictures, tmp_path / "run", "--saveckp_freq", 2) == 0
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path, capsys):
+    with files.lock(tmp_path, "training"):
+        assert train(pictures, tmp_path) == 2
+    assert capsys.readouterr().err == (
+        f"dino-kit: error: Another process is training in {tmp_path}.\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("gone", ["images", "monitor", "skipped", "config"])
+def test_a_checkpoint_of_another_tool_is_no_run_to_go_on_with(
+    whole, pictures, tmp_path, capsys, gone
+):
+    content = result(whole)
+    if gone == "config":
+        content["config"] = "text"
+    else:
+        del content[gone]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert train(pictures, tmp_path) == 2
+    assert "was not written by dino-kit train" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_says_what_to_do(pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/class0/0.png").write_bytes(b"junk")
+    assert train(tmp_path / "data", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "0.png cannot be read as an image" in said and "replace the file" in said
 
 
 def test_a_checkpoint_of_the_reference_is_no_run_to_go_on_with(pictures, tmp_path, capsys, golden):
@@ -395,6 +475,10 @@ def test_a_broken_image_ends_the_run_with_its_name(pictures, tmp_path, capsys):
         (["--device", "cuda:7"], "--device cuda:7 asks for GPU 7"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--use_fp16", "true", "--precision", "bf16"], "contradicts --precision bf16"),
+        (["--mlp_ratio", "0.01"], "leaves the MLP no width"),
+        (["--mlp_ratio", "1e300"], "mlp_ratio"),
+        (["--device", "cuda:99999999999999999999"], "--device is 'cuda:99999999999999999999'"),
+        (["--output_dir", "{}/file/below"], "which is a file; a folder is needed"),
         (["--use_bn_in_head", "1", "--batch_size_per_gpu", "4"], "normalise each part by itself"),
     ],
 )

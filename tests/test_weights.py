@@ -147,6 +147,22 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped)
     assert not (tmp_path / "ran").exists()
 
 
+def test_vit_for_a_named_architecture_contradicts_its_heads(tmp_path):
+    backbone = create_backbone("vit_tiny", patch_size=16, image_size=32).eval()
+    content = {"teacher": prefixed(backbone, ""), "config": {"arch": "vit_tiny"}}
+    torch.save(content, tmp_path / "tiny.pth")
+    assert same(load(tmp_path / "tiny.pth", arch="vit").backbone, backbone, 32)
+    with pytest.raises(UserError, match="--num_heads 12 contradicts .* of 3 heads"):
+        load(tmp_path / "tiny.pth", arch="vit", num_heads=12)
+
+
+def test_an_architecture_that_is_not_built_is_told_of_the_file(tmp_path):
+    content = {"teacher": prefixed(build(), ""), "config": {"arch": "resmlp_12"}}
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"^What .*other.pth says of itself cannot be built: "):
+        load(tmp_path / "other.pth")
+
+
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
 def test_a_bare_backbone_of_a_published_size_needs_no_flags(tmp_path, name):
     backbone = create_backbone(name, patch_size=16, image_size=32).eval()

@@ -16,7 +16,7 @@ def run(config: ConfigConfig) -> None:
     """
     own = train_part(config)
     if config.diff is None:
-        print(recipe.dump(own), end="")
+        log.say(recipe.dump(own).removesuffix("\n"))
         return
     other = fields.create(TrainConfig, recipe.read(TrainConfig, config.diff), missing_ok=True)
     rows = [

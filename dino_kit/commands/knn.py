@@ -15,7 +15,7 @@ from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import KnnConfig
 from dino_kit.data.augment import eval_sizes
 from dino_kit.data.loader import default_workers
-from dino_kit.data.sources import open_labelled_sources
+from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
 from dino_kit.evaluators.knn import knn
 from dino_kit.features import extract
@@ -122,6 +122,7 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
             name: getattr(config, name)
             for name in ("data_path", "train_data", "val_data", "val_share")
         },
+        "read": dict(zip(("bank", "queries"), map(place, sources), strict=True)),
         "class_names": sources[0].classes,
         "device": str(device),
     }
@@ -167,4 +168,4 @@ def _read_tensor(path: Path) -> Tensor:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}"

@@ -15,6 +15,7 @@ from dino_kit.config import fields, recipe
 from dino_kit.config.evaluate import QuickstartConfig
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.sources import DIGITS, DIGITS_MOVED, DigitsSource, open_labelled_sources
+from dino_kit.errors import UserError
 from dino_kit.evaluators.gallery import Page, Picture, show
 from dino_kit.evaluators.knn import knn
 from dino_kit.features import extract
@@ -28,9 +29,14 @@ def run(config: QuickstartConfig) -> None:
     """Pretrain a small ViT on digits; print and write what its teacher's features are worth.
 
     Raises:
-        UserError: the folder holds another run, or cannot be written to.
+        UserError: the folder holds another run, or something here has the name of the data.
     """
     began = time.monotonic()
+    if Path(DIGITS).exists():
+        raise UserError(
+            f"The quickstart's own digits cannot be had here, because {Path(DIGITS).absolute()} "
+            "takes their name; start in another folder."
+        )
     # The network is small: a second thread would mostly wait, and a worker makes crops meanwhile.
     torch.set_num_threads(1)
     settings = {name: getattr(config, name) for name in ("output_dir", "seed", "resume")}

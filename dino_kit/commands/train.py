@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dino_kit import distributed, log
-from dino_kit.assemble import assemble
+from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
-from dino_kit.training import checkpoint
 
 
 def run(config: TrainConfig) -> None:
@@ -17,22 +16,26 @@ def run(config: TrainConfig) -> None:
         UserError: the settings, the data or the folder do not fit.
         RunFailed: too many steps in a row were not finite.
     """
+    architectures.require_buildable(config.arch)  # told before the seconds that PyTorch takes
     try:
         _train(config)
     except KeyboardInterrupt:
-        if Path(config.output_dir, checkpoint.NEWEST).exists():
-            log.notice(f"The same command goes on from the last checkpoint in {config.output_dir}.")
+        if Path(config.output_dir, "checkpoint.pth").exists():
+            same = "same command" + (" without --resume" if config.resume == "never" else "")
+            log.notice(f"The {same} goes on from the last checkpoint in {config.output_dir}.")
         raise
     finally:
         distributed.stop()
 
 
 def _train(config: TrainConfig) -> None:
+    from dino_kit.assemble import assemble
+
     run = assemble(config)
     run.train()
     if run.start == run.loader.total_steps:
         log.say(f"{config.output_dir} holds this run already, finished; look at it with")
     else:
-        log.say(f"done: {Path(config.output_dir, checkpoint.NEWEST)}; look at it with")
+        log.say(f"done: {Path(config.output_dir, 'checkpoint.pth')}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")

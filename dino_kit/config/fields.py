@@ -109,7 +109,7 @@ def convert(schema: type, name: str, value: Any, label: str = "") -> Any:
     field = _field(schema, name)
     kind, optional = _kind(schema, name)
     label = label or name
-    if optional and value is None:
+    if optional and (value is None or kind is not str and str(value).lower() == "none"):
         return None
     if not _is_many(kind):
         return _one(label, kind, value, field)

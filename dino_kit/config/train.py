@@ -12,6 +12,9 @@ from dino_kit.config import architectures
 from dino_kit.config.fields import REQUIRED, Checked, option
 from dino_kit.errors import UserError
 
+# Flags by which the same thing can be said: on a command line, one of them also takes the place of
+# the other in a recipe.
+SAME_THING = {"use_fp16": "precision", "precision": "use_fp16"}
 # What may change when a run goes on; a different value of anything else is another run.
 RESUMABLE = frozenset(
     {
@@ -33,7 +36,7 @@ def check_device(name: str) -> str:
     """``name``; raises :class:`UserError` for what cannot be the name of a device."""
     kind, colon, index = name.partition(":")
     if not (kind in ("auto", "cpu", "mps") and not colon) and not (
-        kind == "cuda" and (not colon or index.isdecimal())
+        kind == "cuda" and (not colon or index.isdecimal() and len(index) <= 3)
     ):
         raise UserError(f"--device is {name!r}; it takes auto, cpu, cuda, cuda:N or mps.")
     return name
@@ -60,7 +63,7 @@ class Backbone:
         None, "Attention heads of --arch vit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit.", above=0, nothing="4"
+        None, "Width of the MLP over that of --arch vit.", above=0, high=100, nothing="4"
     )
     drop_path_rate: float = option(
         0.1, "Stochastic depth of the student: rate of the last block.", low=0, below=1
@@ -76,6 +79,11 @@ class Backbone:
                 raise UserError(
                     f"--embed_dim {self.embed_dim} is not a multiple of --num_heads "
                     f"{self.num_heads}."
+                )
+            if self.mlp_ratio is not None and int(self.embed_dim * self.mlp_ratio) < 1:
+                raise UserError(
+                    f"--mlp_ratio {self.mlp_ratio} of --embed_dim {self.embed_dim} leaves the MLP "
+                    "no width."
                 )
             return
         given = [f"--{name}" for name in (*sizes, "mlp_ratio") if getattr(self, name) is not None]
@@ -174,6 +182,14 @@ class Optimisation:
     max_bad_steps: int = option(
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1
     )
+
+    def check(self) -> None:
+        said = {None: "auto", True: "fp16", False: "fp32"}[self.use_fp16]
+        if self.precision != "auto" and said not in ("auto", self.precision):
+            raise UserError(
+                f"--use_fp16 {str(self.use_fp16).lower()} contradicts --precision "
+                f"{self.precision}; give one."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class Loader:
         if len(source) < total_batch_size:
             raise UserError(
                 f"There are {len(source)} images, fewer than one batch of {total_batch_size}; "
-                "lower --batch_size_per_gpu or --total_batch_size."
+                f"give --total_batch_size {len(source)} or less."
             )
         self.steps_per_epoch = len(source) // total_batch_size
         self.total_steps = epochs * self.steps_per_epoch
@@ -110,7 +110,10 @@ class Loader:
         step: list[Batch] = []
         for batch in self._batches:
             if isinstance(batch, str):
-                raise UserError(batch)
+                raise UserError(
+                    f"{batch} A run that is to go on needs as many images as before: replace the "
+                    "file, rather than remove it."
+                )
             step.append(batch)
             if len(step) == len(self._parts):
                 yield step

@@ -66,8 +66,11 @@ class FolderSource:
         if not self.paths:
             raise UserError(
                 f"There is no image in {self.root}: looked at every depth for "
-                f"{', '.join(sorted(EXTENSIONS))} and found {_count(others)}."
+                f"{', '.join(sorted(EXTENSIONS))} and found "
+                f"{f'only {_count(others)}' if others else 'no files at all'}."
             )
+        if others:
+            log.notice(f"{self.root} holds files of other kinds too, left out: {_count(others)}.")
         flat = any("/" not in path for path in self.paths)
         self.classes = None if flat else sorted({_class(path) for path in self.paths})
 
@@ -234,15 +237,38 @@ def _open_root(data_path: str, val_share: float) -> tuple[Source, Source]:
         )
     whole = FolderSource(root)
     _require_labels(whole)
-    held_out = [_hash_share(path) < val_share for path in whole.paths]
-    bank = [i for i, out in enumerate(held_out) if not out]
-    queries = [i for i, out in enumerate(held_out) if out]
-    if not bank or not queries:
+    queries = _held_out(whole, val_share)
+    if not queries:
         raise UserError(
-            f"--val_share {val_share} of the {len(whole)} images in {root} leaves "
-            f"{len(bank)} to search and {len(queries)} to classify; both need at least one."
+            f"No class in {root} has two images, one to search and one to classify; name folders "
+            "for both by --train_data and --val_data."
         )
+    bank = sorted(set(range(len(whole))) - set(queries))
     return Subset(whole, bank), Subset(whole, queries)
+
+
+def _held_out(source: FolderSource, val_share: float) -> list[int]:
+    """Indices of the images to classify: by a hash of the names, so that new images move no old one.
+
+    A class of two or more images has at least one on each side; that of a single one is searched.
+    """
+    by_class: dict[int, list[tuple[float, int]]] = {}
+    for index, path in enumerate(source.paths):
+        by_class.setdefault(source.label(index), []).append((_hash_share(path), index))
+    chosen: list[int] = []
+    for members in by_class.values():
+        members.sort()
+        wanted = sum(share < val_share for share, _ in members)
+        count = min(max(wanted, 1), len(members) - 1)
+        chosen += [index for _, index in members[:count]]
+    return sorted(chosen)
+
+
+def place(source: Source) -> str:
+    """Where the images of ``source`` come from, for a message or a record."""
+    if isinstance(source, Subset):
+        return place(source.source)
+    return getattr(source, "root", None) or source.name(0).partition("[")[0]
 
 
 def _with_same_classes(bank: Source, queries: Source) -> tuple[Source, Source]:
@@ -273,10 +299,10 @@ class _Relabelled(Subset):
 
 def _require_labels(source: Source) -> None:
     if source.classes is None:
-        place = getattr(source, "root", "The data")
+        loose = next(path for path in source.paths if "/" not in path)
         raise UserError(
-            f"{place} has no labels, which an evaluation needs: there are images that lie in no "
-            "folder named for their class."
+            f"{place(source)} has no labels, which an evaluation needs: some images lie in no "
+            f"folder named for their class, {loose} among them."
         )
 
 
@@ -338,13 +364,12 @@ def _class(path: str) -> str:
 
 
 def _count(others: Counter[str]) -> str:
-    if not others:
-        return "no files at all"
-    return "only " + ", ".join(f"{n} × {extension}" for extension, n in others.most_common(3))
+    counts = ", ".join(f"{n} × {extension}" for extension, n in others.most_common(3))
+    return counts + (" …" if len(others) > 3 else "")
 
 
 def _hash_share(path: str) -> float:
-    """A number in [0, 1) that depends on the name alone, so that new images move no old one."""
+    """A number in [0, 1) that depends on the name alone."""
     # What is no Unicode in a file name stands in it as surrogates.
     name = _composed(path).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64

@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dino_kit import files, log
+from dino_kit import distributed, files, log
 from dino_kit.errors import UserError
 
 NEWEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+_NUMBERED = re.compile(r"checkpoint\d{4,}\.pth").fullmatch
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -56,18 +58,32 @@ def save(folder: str | Path, content: dict[str, Any], also_as: str | None = None
 def newest(folder: str | Path) -> dict[str, Any] | None:
     """The newest readable checkpoint of ``folder``, or None where there is none.
 
+    Where the newest cannot be read, the one before it takes its place, so that the next save
+    does not push a damaged file into the place of the only good one.
+
     Raises:
         UserError: there are checkpoints, and none of them can be read.
     """
-    found = [path for name in (NEWEST, PREVIOUS) if (path := Path(folder) / name).is_file()]
-    for position, path in enumerate(found):
-        try:
-            return files.read_weights(path)
-        except UserError as error:
-            if position == len(found) - 1:
-                raise
-            log.notice(f"{error} The one before it, {found[position + 1].name}, is used.")
-    return None
+    newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
+    if not newest.is_file():
+        return files.read_weights(previous) if previous.is_file() else None
+    try:
+        return files.read_weights(newest)
+    except UserError as error:
+        if not previous.is_file():
+            raise
+        content = files.read_weights(previous)
+        log.notice(f"{error} The one before it, {PREVIOUS}, is used.")
+    if distributed.is_main():
+        files.same_content(previous, newest)
+    return content
+
+
+def remove(folder: str | Path) -> None:
+    """Remove the checkpoints that a run wrote to ``folder``."""
+    numbered = (path for path in Path(folder).glob("checkpoint*.pth") if _NUMBERED(path.name))
+    for path in (Path(folder) / NEWEST, Path(folder) / PREVIOUS, *numbered):
+        path.unlink(missing_ok=True)
 
 
 def _prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -57,7 +57,8 @@ def train(
             if skipped.in_a_row >= max_bad_steps:
                 raise RunFailed(
                     f"{skipped.in_a_row} steps in a row were not finite, so the run stopped; the "
-                    f"last good checkpoint is kept. In the last of them: {describe(batches)}."
+                    "last good checkpoint, if one was written, is kept. In the last of them: "
+                    f"{describe(batches)}."
                 )
             monitor.record(step, outcome.measured, outcome.settings, waited, skipped=skipped.total)
             advance(1, monitor.summary())

@@ -22,6 +22,8 @@ _HELD_BACK = 0.2  # share of a window's time spent waiting for data that is wort
 class Monitor:
     """Collects what a step measured, and writes a line every ``log_every_steps`` steps.
 
+    Nothing is touched before :meth:`open`.
+
     Args:
         folder: the run's folder.
         images_per_step: images that all processes together take in a step.
@@ -42,16 +44,20 @@ class Monitor:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.images_per_step = images_per_step
-        self.log_every_steps = log_every_steps
+        self.log_every_steps, self.start = log_every_steps, start
         self._window, self._epoch = _Sums(), _Sums()
         self._began = time.perf_counter()
         self._waited = 0.0
         self._timed_steps = 0
         self._writer = None
-        self._told_of_waiting = False
+        self._first_window, self._told_of_waiting = True, False
         self.last_line: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Cut the files back to the step that the run goes on from, and begin to measure time."""
         if distributed.is_main():
-            self._open(start)
+            self._open()
+        self._began = time.perf_counter()
 
     def record(
         self,
@@ -95,13 +101,13 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def _open(self, start: int) -> None:
-        files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= start)
-        epochs_done = start // self.steps_per_epoch
+    def _open(self) -> None:
+        files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= self.start)
+        epochs_done = self.start // self.steps_per_epoch
         files.cut_lines(self.folder / EPOCHS, lambda line: line["epoch"] < epochs_done)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=start + 1)
+        self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.start + 1)
 
     def _write_line(self, step: int, settings: dict[str, float], counts: dict[str, int]) -> None:
         means = self._window.means()
@@ -136,7 +142,7 @@ class Monitor:
 
     def _say_if_held_back(self, share: float) -> None:
         # The first window holds the workers' start and says nothing of the run.
-        first = self.last_line["step"] <= self.log_every_steps
+        first, self._first_window = self._first_window, False
         if share > _HELD_BACK and not first and not self._told_of_waiting:
             self._told_of_waiting = True
             log.notice(

@@ -16,19 +16,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(precision: str, use_fp16: bool | None, device: torch.device) -> str:
     """``fp32``, ``bf16`` or ``fp16`` for ``--precision``, the older ``--use_fp16`` and a device.
 
+    Where ``use_fp16`` is given it says what ``precision`` would.
+
     Raises:
-        UserError: the two flags contradict each other, or fp16 is asked for off a CUDA device.
+        UserError: fp16 is asked for by its name off a CUDA device.
     """
     if use_fp16 is not None:
-        asked = "fp16" if use_fp16 else "fp32"
-        if precision not in ("auto", asked):
-            raise UserError(
-                f"--use_fp16 {str(use_fp16).lower()} contradicts --precision {precision}; give one."
-            )
         if use_fp16 and device.type != "cuda":
             log.notice(f"--use_fp16 has no effect on {device.type}: the run computes in fp32.")
             return "fp32"
-        return asked
+        return "fp16" if use_fp16 else "fp32"
     if precision == "auto":
         if device.type != "cuda":
             return "fp32"
