@@ -96,10 +96,10 @@ def test_published_settings():
 
 def test_a_recipe_is_read_in_every_spelling(written):
     path = written("\ufeff# mine\nout-dim: 64\nlr: 5e-4\nnorm_last_layer: off\n"
-                   "blur_prob: [1, 0, 5e-1]\nembed_dim: null\n")
+                   "blur_prob: [1, 0, 5e-1]\nembed_dim: null\ndepth: none\nseed: 010\n")
     assert recipe.read(TrainConfig, path) == {
         "out_dim": 64, "lr": 5e-4, "norm_last_layer": False, "blur_prob": (1.0, 0.0, 0.5),
-        "embed_dim": None,
+        "embed_dim": None, "depth": None, "seed": 10,
     }  # fmt: skip
     assert recipe.read(TrainConfig, written("# nothing\n")) == {}
 
@@ -120,9 +120,10 @@ def test_a_recipe_is_read_in_every_spelling(written):
         ("lr: fast\n", "lr in the recipe PATH is 'fast'; it takes a number from 0."),
         ("epochs: on\n", "epochs in the recipe PATH is True; it takes a whole number from 1."),
         ("epochs: {a: 1}\n",
-         "epochs in the recipe PATH is {'a': 1}; it takes a whole number from 1."),
+         "epochs in the recipe PATH is {'a': '1'}; it takes a whole number from 1."),
         ("lr:\n", "lr in the recipe PATH is None; it takes a number from 0."),
-        ("lr: .nan\n", "lr in the recipe PATH is nan; it takes a number from 0."),
+        ("lr: .nan\n", "lr in the recipe PATH is '.nan'; it takes a number from 0."),
+        ("epochs: 1:30\n", "epochs in the recipe PATH is '1:30'; it takes a whole number from 1."),
         ("- epochs: 3\n", "The recipe PATH should be lines of `name: value`."),
         ("epochs\n", "The recipe PATH should be lines of `name: value`."),
     ],

@@ -245,7 +245,7 @@ def _converted(kind: Any, value: Any) -> Any:
     if kind is int and isinstance(value, float):
         return None
     try:
-        number = kind(value)  # from text too: PyYAML reads 5e-4, which has no dot, as a string
+        number = kind(value)
         return number if math.isfinite(number) else None
     except (ValueError, OverflowError):
         return None

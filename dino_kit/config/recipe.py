@@ -12,6 +12,9 @@ from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = importlib.resources.files("dino_kit") / "recipes"
@@ -103,6 +106,10 @@ def _entries(recipe: str, text: str) -> list[tuple[int, Any, Any]]:
 
     try:
         loader = yaml.SafeLoader(text)
+        # Numbers stay text, which the one converter of flags reads too: YAML would make 90 of
+        # 1:30, 8 of 010, and a string of 5e-4.
+        numbers = dict.fromkeys(_NUMBERS, yaml.SafeLoader.construct_scalar)
+        loader.yaml_constructors = loader.yaml_constructors | numbers
         node = loader.get_single_node()
         if node is None:
             return []
