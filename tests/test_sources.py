@@ -477,6 +477,12 @@ def test_every_class_has_images_on_both_sides_of_a_split(tmp_path, share):
     assert labels == [[0, 1, 2, 3], [0, 1, 2]]
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    names = [f"{name}/{i}.png" for name in ("bus", "train") for i in range(5)]
+    bank, queries = open_labelled_sources(str(fill(tmp_path, *names)))
+    assert bank.classes == queries.classes == ["bus", "train"]
+
+
 def test_a_folder_of_single_images_cannot_be_split(tmp_path):
     sentence = refusal(open_labelled_sources, str(fill(tmp_path, "a/1.png", "b/2.png")))
     assert sentence.startswith(f"No class in {tmp_path} has two images")

@@ -229,10 +229,10 @@ def _open_root(data_path: str, val_share: float) -> tuple[Source, Source]:
     query_folders = [root / name for name in _QUERIES if (root / name).is_dir()]
     if (root / _TRAIN).is_dir() and query_folders:
         return FolderSource(root / _TRAIN), FolderSource(query_folders[0])
-    if (root / _TRAIN).is_dir() != bool(query_folders):
-        there = _TRAIN if (root / _TRAIN).is_dir() else query_folders[0].name
+    halves = [half for half in (root / _TRAIN, *query_folders) if _has_folders(half)]
+    if halves:
         raise UserError(
-            f"{root} has a folder {there}/ but not the other half of a split (train/ and val/ or "
+            f"{root} has a folder {halves[0].name}/ but not the other half of a split (train/ and val/ or "
             "test/); name both folders by --train_data and --val_data."
         )
     whole = FolderSource(root)
@@ -245,6 +245,11 @@ def _open_root(data_path: str, val_share: float) -> tuple[Source, Source]:
         )
     bank = sorted(set(range(len(whole))) - set(queries))
     return Subset(whole, bank), Subset(whole, queries)
+
+
+def _has_folders(path: Path) -> bool:
+    # A folder without any is no half of a labelled split: "train" is also a word for a vehicle.
+    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
 
 
 def _held_out(source: FolderSource, val_share: float) -> list[int]:
