@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,10 @@ def test_batch_norm_is_resumed_too(pictures, tmp_path, monkeypatch):
 def test_a_process_that_is_ended_from_outside_goes_on(pictures, tmp_path, number):
     flags = ["--epochs", 40, "--save_every_steps", 1]
     line = [sys.executable, "-m", "dino_kit", *words(pictures, tmp_path / "parts", *flags)]
+    # A shell's background jobs ignore an interruption, and so would their children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
     ) as running:
         written = tmp_path / "parts/metrics.jsonl"
         while running.poll() is None and not (
