@@ -44,7 +44,7 @@ class Run:
     monitor: Monitor
     skipped: engine.Skipped
     start: int
-    replaces: bool  # what the folder holds of an earlier run
+    replaces: bool  # an earlier run in the folder makes way
 
     def train(self) -> None:
         """Take the remaining steps.
