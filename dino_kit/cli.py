@@ -92,6 +92,11 @@ def _main(words: list[str]) -> None:
         print(_help(name, command))
         return
     config = parse(name, words[1:])
+    # PyTorch's threads wait for each other in busy loops, and starve when anything else, a data
+    # worker too, wants their core: beside one busy process on two cores a step takes twice as
+    # long as with threads that sleep, which cost nothing when the machine is free. PyTorch reads
+    # this once, as it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, function = command.function.split(":")
     getattr(importlib.import_module(module), function)(config)
 

@@ -115,10 +115,24 @@ def _lock(file: IO) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove temporary files that a killed process left in ``folder``."""
+    """Remove temporary files that killed processes left in ``folder``; those in use stay."""
     for leftover in Path(folder).glob(".*.tmp"):
-        with suppress(OSError):
-            leftover.unlink()
+        process = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if process.isdecimal() and not _is_running(int(process)):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # signal 0 asks only there; on Windows a file in use cannot be removed
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def cut_lines(path: str | Path, keep) -> None:

@@ -271,6 +271,20 @@ def test_help_and_errors_do_not_import_torch():
         assert run.returncode == status, run.stderr
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(monkeypatch, own):
+    program = (
+        "import os, sys; from dino_kit import cli; from dino_kit.commands import config; "
+        "assert 'torch' not in sys.modules; cli.main(['config']); "
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == (own or "passive")
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as PyTorch's own."""
 

@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_any_damage_gives_the_content_or_a_sentence(data):
         path.write_bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
         with contextlib.suppress(UserError):
             files.read_weights(path)
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_in_use_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone, in_use, other = (
+        tmp_path / name
+        for name in (f".a.{ended.pid}.tmp", f".a.{os.getpid()}.tmp", ".mine.tmp")
+    )
+    for path in (gone, in_use, other):
+        path.touch()
+    files.remove_leftovers(tmp_path)
+    assert [path.exists() for path in (gone, in_use, other)] == [False, True, True]
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):

@@ -11,7 +11,6 @@ from dino_kit.config import fields
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
-
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
