@@ -226,7 +226,7 @@ def find_checkpoint(
 
 def _with_one_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     """``config`` with what ``use_fp16`` or ``auto`` mean on ``device`` written as ``precision``."""
-    precision = {None: config.precision, True: "fp16", False: "fp32"}[config.use_fp16]
+    precision = config.asked_precision
     if precision == "auto" or device.type != "cuda" and config.use_fp16:
         precision = resolve_precision("auto", None, device)
     return replace(config, precision=precision, use_fp16=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,11 +33,12 @@ def run(config: QuickstartConfig) -> None:
         UserError: the folder holds another run, or something here has the name of the data.
     """
     began = time.monotonic()
-    if Path(DIGITS).exists():
-        raise UserError(
-            f"The quickstart's own digits cannot be had here, because {Path(DIGITS).absolute()} "
-            "takes their name; start in another folder."
-        )
+    for path in map(Path, _COLUMNS):
+        if path.exists():
+            raise UserError(
+                f"The quickstart's own digits cannot be had here, because {path.absolute()} takes "
+                "their name; start in another folder."
+            )
     # The network is small: a second thread would mostly wait, and a worker makes crops meanwhile.
     torch.set_num_threads(1)
     settings = {name: getattr(config, name) for name in ("output_dir", "seed", "resume")}
@@ -47,14 +49,16 @@ def run(config: QuickstartConfig) -> None:
     device = distributed.choose_device(train.device)
     loaded = weights.load(out)
     size = loaded.transform.image_size
+    usual = {"image_size": size, "mean": loaded.transform.mean, "std": loaded.transform.std}
+    # Pixels are compared as they are: from 0 for paper to 1 for ink.
     networks = {
-        "pixels": _Pixels(size),
-        "untrained": untrained_backbone(train),
-        "teacher": loaded.backbone,
+        "pixels": (_Pixels(size), usual | {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+        "untrained": (untrained_backbone(train), usual),
+        "teacher": (loaded.backbone, usual),
     }
     results = {
-        name: {data: _accuracy(network, name, data, size, device) for data in _COLUMNS}
-        for name, network in networks.items()
+        name: {data: _accuracy(network, transform, data, device) for data in _COLUMNS}
+        for name, (network, transform) in networks.items()
     }
     sheets = _look(loaded.backbone, size, out / "attention", config.output_dir)
     files.write_json(
@@ -116,17 +120,12 @@ class _Pixels(nn.Module):
 
 
 def _accuracy(
-    network: nn.Module, name: str, data: str, size: int, device: torch.device
+    network: nn.Module, transform: dict[str, Any], data: str, device: torch.device
 ) -> float:
     """k-NN top-1, in percent, of the test digits of ``data`` among the training digits."""
-    # Pixels are compared as they are: from 0 for paper to 1 for ink.
-    scale = {"mean": (0.0,) * 3, "std": (1.0,) * 3} if name == "pixels" else {}
     arrays: list[Tensor] = []
     for source in open_labelled_sources(data):
-        features, labels = extract(
-            network, source, image_size=size, device=device, description="", **scale
-        )
-        arrays += [features, labels]
+        arrays += extract(network, source, device=device, description="", **transform)
     return knn(*arrays, [_K], _TEMPERATURE)[_K]["top1"]
 
 

@@ -20,7 +20,7 @@ def run(config: TrainConfig) -> None:
     try:
         _train(config)
     except KeyboardInterrupt:
-        if Path(config.output_dir, "checkpoint.pth").exists():
+        if _newest(config).exists():
             same = "same command" + (" without --resume" if config.resume == "never" else "")
             log.notice(f"The {same} goes on from the last checkpoint in {config.output_dir}.")
         raise
@@ -36,6 +36,11 @@ def _train(config: TrainConfig) -> None:
     if run.start == run.loader.total_steps:
         log.say(f"{config.output_dir} holds this run already, finished; look at it with")
     else:
-        log.say(f"done: {Path(config.output_dir, 'checkpoint.pth')}; look at it with")
+        log.say(f"done: {_newest(config)}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")
+
+
+def _newest(config: TrainConfig) -> Path:
+    # By its name, because training.checkpoint would import PyTorch before it is needed.
+    return Path(config.output_dir, "checkpoint.pth")

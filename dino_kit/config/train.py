@@ -183,9 +183,13 @@ class Optimisation:
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1
     )
 
+    @property
+    def asked_precision(self) -> str:
+        """``precision``, by whichever of the two flags it was given."""
+        return {None: self.precision, True: "fp16", False: "fp32"}[self.use_fp16]
+
     def check(self) -> None:
-        said = {None: "auto", True: "fp16", False: "fp32"}[self.use_fp16]
-        if self.precision != "auto" and said not in ("auto", self.precision):
+        if self.precision not in ("auto", self.asked_precision):
             raise UserError(
                 f"--use_fp16 {str(self.use_fp16).lower()} contradicts --precision "
                 f"{self.precision}; give one."

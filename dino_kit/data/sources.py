@@ -96,7 +96,8 @@ class DigitsSource:
 
     80 % of each class are to train, the rest to test; the split is drawn once and for all, class
     by class. With ``moved`` a digit is seen through a window of 6 × 6 pixels at a place of its own,
-    also drawn once: at one size of picture it is moved by up to a quarter of its side, and larger.
+    also drawn once: in pictures of one size it is moved by up to a sixth of the side, and 4/3 as
+    large.
     """
 
     def __init__(self, split: str, moved: bool = False):
@@ -232,8 +233,8 @@ def _open_root(data_path: str, val_share: float) -> tuple[Source, Source]:
     halves = [half for half in (root / _TRAIN, *query_folders) if _has_folders(half)]
     if halves:
         raise UserError(
-            f"{root} has a folder {halves[0].name}/ but not the other half of a split (train/ and val/ or "
-            "test/); name both folders by --train_data and --val_data."
+            f"{root} has a folder {halves[0].name}/ but not the other half of a split (train/ and "
+            "val/ or test/); name both folders by --train_data and --val_data."
         )
     whole = FolderSource(root)
     _require_labels(whole)
@@ -253,7 +254,7 @@ def _has_folders(path: Path) -> bool:
 
 
 def _held_out(source: FolderSource, val_share: float) -> list[int]:
-    """Indices of the images to classify: by a hash of the names, so that new images move no old one.
+    """The images to classify: by a hash of their names, so that new images move no old one.
 
     A class of two or more images has at least one on each side; that of a single one is searched.
     """
