@@ -24,6 +24,7 @@ from dino_kit.normalize import Normalize
 from dino_kit.objectives.centering import CENTERINGS
 from dino_kit.student_teacher import build_student_teacher
 from dino_kit.training import checkpoint, engine, optim
+from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 from dino_kit.training.plan import plan_epochs
@@ -82,6 +83,7 @@ class Run:
                 save_every_steps=self.config.save_every_steps,
                 skipped=self.skipped,
                 max_bad_steps=self.config.max_bad_steps,
+                stop_on_collapse=self.config.stop_on_collapse,
                 describe=self.describe,
             )
         finally:
@@ -144,6 +146,7 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
         total_steps=loader.total_steps,
         images_per_step=config.total_batch_size,
         log_every_steps=config.log_every_steps,
+        diagnosis=Diagnosis(out_dim=config.out_dim, warmup_steps=learner.plan.warmup_steps),
         start=start,
     )
     if saved:

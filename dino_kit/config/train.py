@@ -28,6 +28,7 @@ RESUMABLE = frozenset(
         "resume",
         "save_every_steps",
         "saveckp_freq",
+        "stop_on_collapse",
     }
 )
 
@@ -181,6 +182,9 @@ class Optimisation:
     )
     max_bad_steps: int = option(
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1
+    )
+    stop_on_collapse: bool = option(
+        False, "Stop when the run has collapsed, with status 1; else it is told and goes on."
     )
 
     @property
