@@ -15,7 +15,7 @@ SMALL = (
     "--data_path digits --arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 "
     "--global_crops_size 8 --local_crops_number 0 --out_dim 64 --head_hidden_dim 32 "
     "--head_bottleneck_dim 16 --batch_size_per_gpu 16 --num_workers 0 --epochs 2 --device cpu "
-    "--warmup_epochs 0 --freeze_last_layer 0 --lr 0.05 --log_every_steps 5"
+    "--warmup_epochs 0 --freeze_last_layer 0 --lr 0.05 --log_every_steps 5 --probe_freq 0"
 ).split()
 EVEN = ["--teacher_temp", "50", "--warmup_teacher_temp", "50"]
 
@@ -53,7 +53,7 @@ def test_a_run_that_collapsed_may_go_on_with_another_stop_on_collapse(tmp_path):
 
 def tampered(fault: str, out, seed: int, epochs: int):
     flags = ["--output_dir", str(out), "--seed", str(seed), "--epochs", str(epochs),
-             "--num_workers", "0", "--log_every_steps", "10"]  # fmt: skip
+             "--num_workers", "0", "--log_every_steps", "10", "--probe_freq", "0"]  # fmt: skip
     if fault == "temperature 1":
         flags += ["--teacher_temp", "1", "--warmup_teacher_temp", "1"]
     if fault == "no centre":

@@ -27,6 +27,7 @@ def train(
     prepare: Callable[[Any], MicroBatch],
     monitor: Monitor,
     save: Callable[[int], None],
+    probe: Callable[[int], None],
     *,
     start: int,
     total_steps: int,
@@ -40,8 +41,9 @@ def train(
     """Take the steps from ``start`` to ``total_steps``.
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
-    the device, ``save(done)`` writes a checkpoint after ``done`` steps, and ``describe`` names a
-    step's images for the person who has to find out why it was dropped.
+    the device, ``save(done)`` writes a checkpoint after ``done`` steps, ``probe(done)`` looks at
+    the networks at the end of an epoch, and ``describe`` names a step's images for the person who
+    has to find out why it was dropped.
 
     Raises:
         RunFailed: ``max_bad_steps`` steps in a row were dropped; or the run has collapsed, and
@@ -80,6 +82,8 @@ def train(
             done = step + 1
             if done % steps_per_epoch == 0 or (save_every_steps and done % save_every_steps == 0):
                 save(done)
+            if done % steps_per_epoch == 0:
+                probe(done)
 
 
 def _with_waiting_time(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -1,4 +1,5 @@
-"""What a run writes down about itself: ``metrics.jsonl``, ``log.txt`` and ``tensorboard/``.
+"""What a run writes down about itself: ``metrics.jsonl``, ``log.txt``, ``probe.jsonl`` and
+``tensorboard/``.
 
 Measured values stay on the device, summed, until a step is logged; only then are they fetched.
 The sums are part of a checkpoint, so a resumed run writes the lines of an uninterrupted one.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 from dino_kit import distributed, files, log
 from dino_kit.training.diagnosis import COLLAPSED, Diagnosis
 
-METRICS, EPOCHS, TENSORBOARD = "metrics.jsonl", "log.txt", "tensorboard"
+METRICS, EPOCHS, PROBES = "metrics.jsonl", "log.txt", "probe.jsonl"
+TENSORBOARD = "tensorboard"
 _HELD_BACK = 0.2  # share of a window's time spent waiting for data that is worth a sentence
 
 
@@ -58,6 +61,7 @@ class Monitor:
         self._writer = None
         self._first_window, self._told_of_waiting = True, False
         self.last_line: dict[str, Any] = {}
+        self.probes: list[dict[str, Any]] = []  # results, first to last; on the main process
 
     def open(self) -> None:
         """Cut the files back to the step that the run goes on from, and begin to measure time."""
@@ -88,6 +92,21 @@ class Monitor:
             self._write_line(step, settings, observed, counts)
         if done % self.steps_per_epoch == 0:
             self._write_epoch(step)
+
+    def record_probe(self, done: int, result: dict[str, Any]) -> None:
+        """Take what a probe after ``done`` steps found; on the main process."""
+        self.probes.append({"step": done, **result})
+        _append(self.folder / PROBES, self.probes[-1])
+        self._write_scalars("probe", result, done)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, time does not count as the run's."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
 
     def writes_at(self, step: int) -> bool:
         """Whether a line is written after step ``step`` (0-based)."""
@@ -123,6 +142,9 @@ class Monitor:
         files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= self.start)
         epochs_done = self.start // self.steps_per_epoch
         files.cut_lines(self.folder / EPOCHS, lambda line: line["epoch"] < epochs_done)
+        self.probes = files.cut_lines(
+            self.folder / PROBES, lambda line: line["step"] <= self.start
+        )
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.start + 1)
@@ -154,9 +176,7 @@ class Monitor:
         self._began, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
         if distributed.is_main():
             _append(self.folder / METRICS, self.last_line)
-            for name, value in self.last_line.items():
-                if not isinstance(value, str) and name != "step":
-                    self._writer.add_scalar(f"train/{name}", value, step + 1)
+            self._write_scalars("train", self.last_line, step + 1)
 
     def _write_epoch(self, step: int) -> None:
         means, settings = self._epoch.means(), self._epoch.mean_settings()
@@ -166,6 +186,11 @@ class Monitor:
             line |= {"train_lr": settings["lr"], "train_wd": settings["weight_decay"]}
             _append(self.folder / EPOCHS, line | {"epoch": step // self.steps_per_epoch})
             self._writer.flush()
+
+    def _write_scalars(self, group: str, line: dict[str, Any], done: int) -> None:
+        for name, value in line.items():
+            if not isinstance(value, str) and name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, done)
 
     def _diagnose(self, done: int, health: dict[str, float]) -> str:
         before, state = self.diagnosis.state, self.diagnosis.update(done, health)
