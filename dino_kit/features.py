@@ -55,7 +55,7 @@ def extract(
     Raises:
         UserError: an image has no label, or cannot be read; the sentence names it.
     """
-    labels = _labels(source)
+    labels = labels_of(source)
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
     loader = DataLoader(
@@ -79,7 +79,8 @@ def extract(
     return features, labels
 
 
-def _labels(source: Source) -> Tensor:
+def labels_of(source: Source) -> Tensor:
+    """The labels of all images, (n,) int64; raises :class:`UserError` where one has none."""
     labels = [source.label(index) for index in range(len(source))]
     if None in labels:
         raise UserError(
