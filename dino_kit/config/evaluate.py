@@ -148,7 +148,7 @@ class Linear:
         None,
         "Images of a step over all processes, so that the result does not depend on how many there "
         "are; --batch_size_per_gpu is then the most that one takes at a time.",
-        low=1, nothing="batch_size_per_gpu × processes",
+        low=1, nothing="--batch_size_per_gpu of each process",
     )
     val_freq: int = option(1, "Epochs from one validation to the next.", low=1)
     num_labels: int | None = option(

@@ -169,11 +169,12 @@ def fit(
         for number, step in enumerate(islice(steps, steps_per_epoch), 1):
             total += _learn(head, optimizer, step)
             images += step.total
-            text = ""
-            if number % _STEPS_BETWEEN_LOSSES == 0 or number == steps_per_epoch:
-                mean = total.item() * distributed.world_size() / images
-                text = f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}{told}"
-            advance(1, text)
+            if number < steps_per_epoch:
+                text = ""
+                if number % _STEPS_BETWEEN_LOSSES == 0:
+                    mean = total.item() * distributed.world_size() / images
+                    text = f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}{told}"
+                advance(1, text)
         loss = distributed.all_reduce_sum(total).item() / images
         if not loss < float("inf"):
             raise RunFailed(
@@ -186,6 +187,7 @@ def fit(
             line |= {f"test_{name}": value for name, value in found.items()}
             told = f"  top-1 {found['acc1']:.2f} %"
         finished(epoch + 1, line)
+        advance(1, f"epoch {epoch + 1}/{epochs}  loss {loss:.4f}{told}")
 
 
 def _learn(head: LinearHead, optimizer: torch.optim.Optimizer, step: Step) -> Tensor:
