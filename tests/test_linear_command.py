@@ -273,6 +273,15 @@ def test_settings_that_take_another_way_through_the_code(data, tmp_path, flags):
     assert all(np.isfinite(line["train_loss"]) for line in lines(tmp_path))
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_rate_for_imagenet_on_a_few_images_is_told_and_one_of_ones_own_is_not(
+    data, tmp_path, capsys, told
+):
+    assert train(data, tmp_path, "--epochs", 1, "--lr", 0.001 if told else 0.002) == 0
+    said = "notice: The usual --lr 0.001 is meant for the 1,000,000 steps" in capsys.readouterr().err
+    assert said == told
+
+
 # Resume
 
 

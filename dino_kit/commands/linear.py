@@ -22,6 +22,8 @@ from dino_kit.evaluators.probe import Probe, shared_features
 from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
+_FEW_STEPS = 10_000  # an epoch of ImageNet in batches of 128
+
 
 def run(config: LinearConfig) -> None:
     """Train a linear layer, or evaluate one; print a table and write it as JSON.
@@ -120,6 +122,12 @@ def _introduce(probe: Probe) -> None:
         f"{probe.loader.steps_per_epoch:,} steps of {probe.total_batch_size} an epoch, "
         f"{probe.epochs} epochs, learning rate {probe.scaled_lr:g}"
     )
+    steps = probe.loader.total_steps
+    if probe.lr == LinearConfig.lr and steps < _FEW_STEPS:
+        log.notice(
+            f"The usual --lr {probe.lr:g} is meant for the {100 * _FEW_STEPS:,} steps that ImageNet "
+            f"takes; with {steps:,}, a higher one, such as 0.1, is likely better: try some."
+        )
     if 0 < probe.start < probe.epochs:
         log.say(f"going on after epoch {probe.start:,} of {probe.epochs:,}")
 
