@@ -23,7 +23,7 @@ from dino_kit.data.loader import epoch_order
 from dino_kit.data.sources import FolderSource
 from dino_kit.errors import UserError
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, training_view
-from dino_kit.evaluators.probe import Probe
+from dino_kit.evaluators.head_training import HeadTraining
 from dino_kit.normalize import Normalize
 from dino_kit.randomness import stream
 
@@ -81,7 +81,7 @@ def words(data, out, *flags) -> list[str]:
 
 
 def train(data, out, *flags) -> int:
-    """Probe the checkpoint of ``out``, which is made where there is none."""
+    """Train a layer on the checkpoint of ``out``, which is made where there is none."""
     if not (Path(out) / "checkpoint.pth").exists():
         save_backbone(Path(out) / "checkpoint.pth")
     return cli.main(words(data, out, *flags))
@@ -291,14 +291,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, epochs: int, error: type[BaseException] = Stopped) -> None:
     """End the process, as far as a training can tell, when so many epochs are done."""
-    finished = Probe._finished
+    finished = HeadTraining._finished
 
     def finish_or_stop(self, done, line):
         finished(self, done, line)
         if done == epochs:
             raise error
 
-    monkeypatch.setattr(Probe, "_finished", finish_or_stop)
+    monkeypatch.setattr(HeadTraining, "_finished", finish_or_stop)
 
 
 @pytest.mark.parametrize("stops", [[1], [2], [1, 2, 3]])
@@ -380,7 +380,7 @@ def test_resume_never_begins_again(copy, data):
 
 
 def test_what_makes_way_is_gone_before_there_is_something_new(copy, data, monkeypatch):
-    monkeypatch.setattr(Probe, "_fit", lambda self: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr(HeadTraining, "_fit", lambda self: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         train(data, copy, "--resume", "never")
     assert not (copy / "checkpoint_linear.pth").exists() and lines(copy) == []

@@ -18,7 +18,7 @@ from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures
-from dino_kit.evaluators.probe import Probe, shared_features
+from dino_kit.evaluators.head_training import HeadTraining, shared_features
 from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
@@ -43,33 +43,33 @@ def run(config: LinearConfig) -> None:
 
 
 def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
-    probe = _assemble(config, loaded, target, device)
-    _introduce(probe)
+    training = _assemble(config, loaded, target, device)
+    _introduce(training)
     distributed.start(device)
     try:
-        probe.fit()
+        training.fit()
     except KeyboardInterrupt:
-        if probe.path.exists():
-            same = "same command" + ("" if probe.resume else " without --resume")
-            log.notice(f"The {same} goes on from the last epoch in {probe.path}.")
+        if training.path.exists():
+            same = "same command" + ("" if training.resume else " without --resume")
+            log.notice(f"The {same} goes on from the last epoch in {training.path}.")
         raise
     if not distributed.is_main():
         return
-    chance = _chance(labels_of(probe.val), labels_of(probe.train))
-    files.write_json(Path(f"{target}.json"), _record(config, probe, chance))
-    if probe.start == probe.epochs:
-        log.say(f"{probe.path} holds this training already, finished")
+    chance = _chance(labels_of(training.val), labels_of(training.train))
+    files.write_json(Path(f"{target}.json"), _record(config, training, chance))
+    if training.start == training.epochs:
+        log.say(f"{training.path} holds this training already, finished")
     _table(
         {
-            f"{name}, epoch {probe.results[key]['epochs']}": probe.results[key]
+            f"{name}, epoch {training.results[key]['epochs']}": training.results[key]
             for key, name in {"last": "at the end", "best": "at its best"}.items()
         }
     )
     log.say(
-        f"{len(probe.val):,} images classified; answering always with the largest class gives "
+        f"{len(training.val):,} images classified; answering always with the largest class gives "
         f"{chance:.2f} %"
     )
-    log.say(f"written to {target}.json; the head is {probe.path}, and classifies images by")
+    log.say(f"written to {target}.json; the head is {training.path}, and classifies images by")
     words = ["dino-kit", "linear", config.weights, "--evaluate", "--val_data", "FOLDER"]
     words += ["--output_dir", config.output_dir] if config.output_dir else []
     log.say(f"  {shlex.join(words)}")
@@ -77,7 +77,7 @@ def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.dev
 
 def _assemble(
     config: LinearConfig, loaded: Loaded, target: Path, device: torch.device
-) -> Probe:
+) -> HeadTraining:
     train, val = open_labelled_sources(
         config.data_path, config.train_data, config.val_data, config.val_share
     )
@@ -88,7 +88,7 @@ def _assemble(
             "apart."
         )
     total = config.total_batch_size or config.batch_size_per_gpu * distributed.world_size()
-    return Probe(
+    return HeadTraining(
         loaded=loaded,
         flags=_architecture_flags(config),
         features=LinearFeatures(
@@ -111,44 +111,44 @@ def _assemble(
     )
 
 
-def _introduce(probe: Probe) -> None:
+def _introduce(training: HeadTraining) -> None:
     """Say in three lines what is about to run."""
     log.say(
-        f"{_described(probe.features)}, {len(probe.train.classes)} classes, on {probe.device}, "
-        f"{distributed.world_size()} process(es)"
+        f"{_described(training.features)}, {len(training.train.classes)} classes, on "
+        f"{training.device}, {distributed.world_size()} process(es)"
     )
     log.say(
-        f"{len(probe.train):,} images to train on and {len(probe.val):,} to validate; "
-        f"{probe.loader.steps_per_epoch:,} steps of {probe.total_batch_size} an epoch, "
-        f"{probe.epochs} epochs, learning rate {probe.scaled_lr:g}"
+        f"{len(training.train):,} images to train on and {len(training.val):,} to validate; "
+        f"{training.loader.steps_per_epoch:,} steps of {training.total_batch_size} an epoch, "
+        f"{training.epochs} epochs, learning rate {training.scaled_lr:g}"
     )
-    steps = probe.loader.total_steps
-    if probe.lr == LinearConfig.lr and steps < _FEW_STEPS:
+    steps = training.loader.total_steps
+    if training.lr == LinearConfig.lr and steps < _FEW_STEPS:
         log.notice(
-            f"The usual --lr {probe.lr:g} is meant for the {100 * _FEW_STEPS:,} steps that ImageNet "
-            f"takes; with {steps:,}, a higher one, such as 0.1, is likely better: try some."
+            f"The usual --lr {training.lr:g} is meant for the {100 * _FEW_STEPS:,} steps that "
+            f"ImageNet takes; with {steps:,}, a higher one, such as 0.1, is likely better: try some."
         )
-    if 0 < probe.start < probe.epochs:
-        log.say(f"going on after epoch {probe.start:,} of {probe.epochs:,}")
+    if 0 < training.start < training.epochs:
+        log.say(f"going on after epoch {training.start:,} of {training.epochs:,}")
 
 
-def _record(config: LinearConfig, probe: Probe, chance: float) -> dict[str, Any]:
+def _record(config: LinearConfig, training: HeadTraining, chance: float) -> dict[str, Any]:
     return {
-        "results": probe.results,
+        "results": training.results,
         "largest_class_percent": chance,
-        "train_images": len(probe.train),
-        "test_images": len(probe.val),
-        "classes": len(probe.train.classes),
-        "features": _features(probe.features),
-        "total_batch_size": probe.total_batch_size,
-        "scaled_lr": probe.scaled_lr,
-        "head": _file(probe.path),
-        "transform": evaluation.described(probe.transform),
+        "train_images": len(training.train),
+        "test_images": len(training.val),
+        "classes": len(training.train.classes),
+        "features": _features(training.features),
+        "total_batch_size": training.total_batch_size,
+        "scaled_lr": training.scaled_lr,
+        "head": _file(training.path),
+        "transform": evaluation.described(training.transform),
         "data": evaluation.data_flags(config),
-        "read": {"train": place(probe.train), "validation": place(probe.val)},
-        "class_names": probe.train.classes,
-        "device": str(probe.device),
-        **evaluation.origin(probe.loaded),
+        "read": {"train": place(training.train), "validation": place(training.val)},
+        "class_names": training.train.classes,
+        "device": str(training.device),
+        **evaluation.origin(training.loaded),
         **evaluation.repetition("linear", config),
     }
 

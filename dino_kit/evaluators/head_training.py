@@ -34,7 +34,7 @@ _NEEDED = ("epoch", "state_dict", "optimizer", "results")
 
 
 @dataclass(kw_only=True)
-class Probe:
+class HeadTraining:
     """A linear layer in training, ready to go on from epoch ``start``.
 
     Args:
