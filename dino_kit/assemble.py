@@ -14,16 +14,19 @@ from torch import nn
 from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config import architectures, fields, recipe
-from dino_kit.config.train import RESUMABLE, TrainConfig
+from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
-from dino_kit.data.sources import Source, open_training_source
+from dino_kit.data.sources import Source, open_labelled_sources, open_training_source
 from dino_kit.errors import UserError
+from dino_kit.evaluators.probe import Probe
 from dino_kit.heads import DINOHead
 from dino_kit.normalize import Normalize
 from dino_kit.objectives.centering import CENTERINGS
+from dino_kit.resume import find_checkpoint
 from dino_kit.student_teacher import build_student_teacher
 from dino_kit.training import checkpoint, engine, optim
+from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 from dino_kit.training.plan import plan_epochs
@@ -42,6 +45,7 @@ class Run:
     loader: Loader
     prepare: Prepare
     monitor: Monitor
+    probe: Probe
     skipped: engine.Skipped
     start: int
     replaces: bool  # an earlier run in the folder makes way
@@ -70,18 +74,21 @@ class Run:
         steps_per_epoch = self.loader.steps_per_epoch
         self.monitor.open()
         try:
+            self.look(self.start)
             engine.train(
                 self.learner,
                 self.loader,
                 self.prepare,
                 self.monitor,
                 self.save,
+                self.look,
                 start=self.start,
                 total_steps=self.loader.total_steps,
                 steps_per_epoch=steps_per_epoch,
                 save_every_steps=self.config.save_every_steps,
                 skipped=self.skipped,
                 max_bad_steps=self.config.max_bad_steps,
+                stop_on_collapse=self.config.stop_on_collapse,
                 describe=self.describe,
             )
         finally:
@@ -106,6 +113,25 @@ class Run:
         checkpoint.save(
             self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
         )
+
+    def look(self, done: int) -> None:
+        """Probe the teacher after ``done`` steps, where an epoch ends at which that is due.
+
+        The main process does it while the others wait. The best checkpoint is the one of the best
+        probe with labels; without labels nothing says which is best, the loss least of all.
+        """
+        epoch, rest = divmod(done, self.loader.steps_per_epoch)
+        every, last = self.config.probe_freq, self.config.epochs
+        due = every and not rest and (epoch % every == 0 or epoch == last)
+        probes = self.monitor.probes
+        if not due or not distributed.is_main() or (probes and probes[-1]["step"] == done):
+            return
+        with self.monitor.paused():
+            result = self.probe(self.learner.teacher.backbone, epoch, probes)
+            self.monitor.record_probe(done, result)
+            if done and checkpoint.is_best([probe.get("knn_top1") for probe in probes]):
+                checkpoint.keep_as_best(self.config.output_dir)
+        log.say(f"epoch {epoch}: {result['sentence']}")
 
     def describe(self, batches: Sequence[Batch]) -> str:
         """The images of a step on this process, for the person who looks for the fault."""
@@ -144,15 +170,17 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
         total_steps=loader.total_steps,
         images_per_step=config.total_batch_size,
         log_every_steps=config.log_every_steps,
+        diagnosis=Diagnosis(out_dim=config.out_dim, warmup_steps=learner.plan.warmup_steps),
         start=start,
     )
     if saved:
         learner.load_state_dict(saved)
         monitor.load_state_dict(saved["monitor"], device)
         skipped = engine.Skipped(**saved["skipped"])
+    probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
     prepare = Prepare(device)
-    return Run(config, source, learner, loader, prepare, monitor, skipped, start, replaces)
+    return Run(config, source, learner, loader, prepare, monitor, probe, skipped, start, replaces)
 
 
 class Prepare:
@@ -185,51 +213,6 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
             "synchronise a batch norm on CPUs; use one process or leave it off."
         )
     return config
-
-
-def find_checkpoint(
-    config: TrainConfig, images: int, device: torch.device
-) -> dict[str, Any] | None:
-    """The checkpoint that ``config`` goes on from, if its folder has one.
-
-    Raises:
-        UserError: the folder holds a run that differs in a field that must not change.
-    """
-    if config.resume == "never":
-        return None
-    saved = checkpoint.newest(config.output_dir)
-    if saved is None:
-        return None
-    needed = ("step", "config", "images", "skipped", "monitor")
-    if any(name not in saved for name in needed) or not isinstance(saved["config"], dict):
-        raise UserError(
-            f"The checkpoint in {config.output_dir} was not written by dino-kit train, so a run "
-            "cannot go on from it; give another --output_dir."
-        )
-    before = fields.from_plain(TrainConfig, saved["config"])
-    changed = [
-        f"{name} was {old} and is now {new}"
-        for name, old, new in fields.differences(
-            _with_one_precision(before, device), _with_one_precision(config, device)
-        )
-        if name not in RESUMABLE
-    ]
-    if saved["images"] != images:
-        changed.append(f"the data had {saved['images']} images and now has {images}")
-    if changed:
-        raise UserError(
-            f"{config.output_dir} holds a run with other settings: {'; '.join(changed)}. Give "
-            "another --output_dir, or --resume never to begin again in this one."
-        )
-    return saved
-
-
-def _with_one_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """``config`` with what ``use_fp16`` or ``auto`` mean on ``device`` written as ``precision``."""
-    precision = config.asked_precision
-    if precision == "auto" or device.type != "cuda" and config.use_fp16:
-        precision = resolve_precision("auto", None, device)
-    return replace(config, precision=precision, use_fp16=None)
 
 
 def view_groups(config: TrainConfig) -> list[list[View]]:
@@ -281,6 +264,20 @@ def build_loader(
         num_workers=workers,
         start_step=start,
         pin_memory=device.type == "cuda",
+    )
+
+
+def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Probe:
+    labelled = open_labelled_sources(config.probe_data) if config.probe_data else None
+    return Probe(
+        source,
+        labelled,
+        views=view_groups(config)[0],
+        seed=config.seed,
+        image_size=config.global_crops_size,
+        folder=config.output_dir,
+        device=device,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
     )
 
 

@@ -80,6 +80,18 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return _reduced(tensor, "MAX")
 
 
+def all_gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The processes' tensors, all of one shape, joined along ``dim`` in the order of the ranks."""
+    if world_size() == 1:
+        return tensor
+    import torch
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=dim)
+
+
 def _reduced(tensor: torch.Tensor, operation: str) -> torch.Tensor:
     if world_size() == 1:
         return tensor

@@ -6,6 +6,7 @@ Legend: n images, B batch, S pixels of a side, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,19 @@ from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 
-def extract(
+def extract(backbone: nn.Module, source: Source, **how: Any) -> tuple[Tensor, Tensor]:
+    """Pooled features (n, D), float32, and labels (n,), int64, of all images, on the CPU.
+
+    ``how`` is for :func:`embed`.
+
+    Raises:
+        UserError: an image has no label, or cannot be read; the sentence names it.
+    """
+    labels = labels_of(source)
+    return embed(backbone, source, **how), labels
+
+
+def embed(
     backbone: nn.Module,
     source: Source,
     *,
@@ -32,8 +45,9 @@ def extract(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     description: str = "features",
-) -> tuple[Tensor, Tensor]:
-    """Pooled features and labels of all images, in the order of the source, on the CPU.
+    whole: bool = False,
+) -> Tensor:
+    """Pooled features of all images, in the order of the source, on the CPU.
 
     Images are resized and cut at the centre as after training at ``image_size`` (see
     :func:`~dino_kit.data.augment.eval_sizes`), travel as 8-bit pixels, and are normalised on the
@@ -41,25 +55,25 @@ def extract(
 
     Args:
         backbone: images (B, 3, S, S) to (B, D).
-        source: labelled images.
+        source: images, labelled or not.
         image_size: side in pixels that the backbone was trained at.
         mean, std: of each channel, pixels in [0, 1].
         batch_size: B.
         num_workers: processes that read and prepare images; 0 for this one.
         device: where the backbone runs.
         description: what the progress line calls it; empty for no line.
+        whole: the images are S × S pixels already, and nothing is cut off.
 
     Returns:
-        Features (n, D), float32, and labels (n,), int64.
+        Features (n, D), float32.
 
     Raises:
-        UserError: an image has no label, or cannot be read; the sentence names it.
+        UserError: an image cannot be read; the sentence names it.
     """
-    labels = labels_of(source)
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
     loader = DataLoader(
-        _Views(source, *eval_sizes(image_size)),
+        _Views(source, *((image_size, image_size) if whole else eval_sizes(image_size))),
         batch_size=batch_size,
         # More processes than batches would start only to stop.
         num_workers=min(num_workers, -(-len(source) // batch_size)),
@@ -76,7 +90,7 @@ def extract(
             features[done : done + len(images)] = backbone(images)
             done += len(images)
             advance(len(images))
-    return features, labels
+    return features
 
 
 def labels_of(source: Source) -> Tensor:

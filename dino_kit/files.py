@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -136,12 +136,15 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def cut_lines(path: str | Path, keep) -> None:
-    """Keep of a file of JSON lines those whose value satisfies ``keep``; drop a torn last line."""
+def cut_lines(path: str | Path, keep: Callable[[Any], bool]) -> list[Any]:
+    """Keep of a file of JSON lines those whose value satisfies ``keep``; drop a torn last line.
+
+    Returns the values kept; none where there is no such file.
+    """
     path = Path(path)
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, values = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             value = json.loads(line)
@@ -149,7 +152,9 @@ def cut_lines(path: str | Path, keep) -> None:
             continue
         if keep(value):
             kept.append(line + "\n")
+            values.append(value)
     write_text(path, "".join(kept))
+    return values
 
 
 def sha256(path: str | Path) -> str:

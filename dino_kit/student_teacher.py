@@ -29,6 +29,10 @@ class MultiCropNetwork(nn.Module):
         ``keep``: for each size the residual branches (L, V_g, B), bool, on the host, that
         stochastic depth leaves; None for all.
         """
+        return self.project(self.embed(groups, keep))
+
+    def embed(self, groups: list[Tensor], keep: list[Tensor] | None = None) -> Tensor:
+        """The backbone's features of all crops, ``(V, B, D)``; arguments as for the whole."""
         if keep is None:
             features = [self.backbone(crops.flatten(0, 1)) for crops in groups]
         else:
@@ -36,8 +40,11 @@ class MultiCropNetwork(nn.Module):
                 self.backbone(crops.flatten(0, 1), kept.flatten(1))
                 for crops, kept in zip(groups, keep, strict=True)
             ]  # each (V_g * B, D), crop by crop
-        logits = self.head(torch.cat(features))  # (V * B, K)
-        return logits.unflatten(0, (-1, groups[0].shape[1]))
+        return torch.cat(features).unflatten(0, (-1, groups[0].shape[1]))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features ``(V, B, D)`` to logits ``(V, B, K)``, in one pass of the head."""
+        return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
 
 class StudentTeacher(NamedTuple):

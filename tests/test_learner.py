@@ -185,8 +185,8 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_is_no_fault():
 
 def test_the_teacher_sees_all_crops_before_the_student_sees_any():
     one, seen = learner("sinkhorn"), []
-    one.teacher.register_forward_pre_hook(lambda *_: seen.append("teacher"))
-    one.student.register_forward_pre_hook(lambda *_: seen.append("student"))
+    one.teacher.head.register_forward_pre_hook(lambda *_: seen.append("teacher"))
+    one.student.head.register_forward_pre_hook(lambda *_: seen.append("student"))
     one.step(0, split(batch(0), [4] * 4))
     assert seen == ["teacher"] * 4 + ["student"] * 4
 

@@ -9,16 +9,19 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dino_kit import log
+from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.monitor import Monitor
 
 
 def monitor(folder, start=0, log_every_steps=2) -> Monitor:
+    folder.mkdir(exist_ok=True)
     one = Monitor(
         folder,
         steps_per_epoch=3,
         total_steps=9,
         images_per_step=4,
         log_every_steps=log_every_steps,
+        diagnosis=Diagnosis(out_dim=8, warmup_steps=0),
         start=start,
     )
     one.open()
@@ -127,4 +130,60 @@ def test_the_summary_is_short_and_empty_before_the_first_line(tmp_path):
     take(one, [0])
     assert one.summary() == ""
     take(one, [1])
-    assert one.summary().startswith("loss 0.5000  lr 1.00e-01  ")
+    assert one.summary().startswith("warming up  loss 0.5000  lr 1.00e-01  ")
+
+
+HEALTH = {
+    "loss_ratio": 1.0, "teacher_entropy": 2.07, "kl": 1e-4, "prototypes_used": 8.0,
+    "teacher_information": 1e-4, "student_information": 1e-5, "spread": 0.1,
+    "effective_rank": 3.0, "view_retrieval": 0.25,
+}  # fmt: skip
+
+
+def observe(one: Monitor, steps, health) -> None:
+    observed = {name: torch.tensor(value) for name, value in health.items()}
+    for step in steps:
+        at_a_line = observed if one.writes_at(step) else {}
+        one.record(step, {"loss": torch.tensor(2.0)}, {"lr": 0.1, "weight_decay": 0.0}, 0.0, at_a_line)
+
+
+def test_a_line_holds_the_health_of_its_step_and_the_runs_state(tmp_path, capsys):
+    one = monitor(tmp_path)
+    observe(one, range(9), HEALTH)
+    one.close()
+    written = lines(tmp_path / "metrics.jsonl")
+    assert [line["state"] for line in written] == 2 * ["warming up"] + 3 * ["uniform collapse"]
+    for line in written:
+        assert {name: line[name] for name in HEALTH} == pytest.approx(HEALTH, rel=1e-6)
+    told = capsys.readouterr().err
+    assert told.count("Uniform collapse") == 1 and "Step 6: " in told and "--teacher_temp" in told
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/kl", "train/effective_rank"} <= set(events.Tags()["scalars"])
+
+
+def test_a_line_is_due_every_so_many_steps_and_at_the_end(tmp_path):
+    one = monitor(tmp_path)
+    assert [one.writes_at(step) for step in range(9)] == 4 * [False, True] + [True]
+
+
+def test_the_end_of_a_collapse_is_told(tmp_path, capsys):
+    one = monitor(tmp_path, log_every_steps=1)
+    observe(one, range(4), HEALTH)
+    observe(one, range(4, 9), HEALTH | {"kl": 1.0, "teacher_information": 1.0})
+    assert "the uniform collapse is over" in capsys.readouterr().err
+
+
+def test_a_resumed_run_writes_the_state_of_an_uninterrupted_one(tmp_path):
+    whole, first = monitor(tmp_path / "a"), monitor(tmp_path / "b")
+    observe(whole, range(9), HEALTH)
+    observe(first, range(5), HEALTH)
+    first.close()
+    second = Monitor(
+        tmp_path / "b", steps_per_epoch=3, total_steps=9, images_per_step=4, log_every_steps=2,
+        diagnosis=Diagnosis(out_dim=8, warmup_steps=0), start=5,
+    )  # fmt: skip
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    second.open()
+    observe(second, range(5, 9), HEALTH)
+    states = [[line["state"] for line in lines(tmp_path / run / "metrics.jsonl")] for run in "ab"]
+    assert states[0] == states[1] and states[0][-1] == "uniform collapse"

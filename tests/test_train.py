@@ -30,7 +30,7 @@ TINY = (
     "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
     "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
     "--head_bottleneck_dim 16 --total_batch_size 8 --batch_size_per_gpu 8 --num_workers 0 "
-    "--epochs 3 --warmup_epochs 1 --lr 0.05 --log_every_steps 3 --device cpu"
+    "--epochs 3 --warmup_epochs 1 --lr 0.05 --log_every_steps 3 --probe_freq 0 --device cpu"
 ).split()
 IMAGES, STEPS = 20, 6  # two steps an epoch, of eight images each
 

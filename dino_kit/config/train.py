@@ -25,9 +25,12 @@ RESUMABLE = frozenset(
         "max_bad_steps",
         "num_workers",
         "output_dir",
+        "probe_data",
+        "probe_freq",
         "resume",
         "save_every_steps",
         "saveckp_freq",
+        "stop_on_collapse",
     }
 )
 
@@ -182,6 +185,9 @@ class Optimisation:
     max_bad_steps: int = option(
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1
     )
+    stop_on_collapse: bool = option(
+        False, "Stop when the run has collapsed, with status 1; else it is told and goes on."
+    )
 
     @property
     def asked_precision(self) -> str:
@@ -305,6 +311,18 @@ class Run:
         0, "Write checkpoint.pth every so many steps too, not only after each epoch.", low=0
     )
     log_every_steps: int = option(10, "Steps between two lines of metrics.jsonl.", low=1)
+    probe_freq: int = option(
+        10,
+        "Look at the teacher every so many epochs, before the first and after the last: how its "
+        "embeddings spread, and a sheet of eight images in looks/; 0 for never.",
+        low=0,
+    )
+    probe_data: str | None = option(
+        None,
+        "Labelled images, as for dino-kit knn, on which the teacher is measured then; training "
+        "does not see them. The best one stays as checkpoint_best.pth.",
+        nothing="",
+    )
     resume: Literal["auto", "never"] = option(
         "auto", "auto goes on with the run in --output_dir; never begins again in its place."
     )

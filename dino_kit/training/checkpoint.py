@@ -1,12 +1,14 @@
 """A run's checkpoints: the reference's layout, whole on the disk or not there.
 
 ``checkpoint.pth`` is the newest, ``checkpoint_previous.pth`` the one before it, and
-``checkpoint0020.pth`` a copy kept for good (named by its 0-based epoch, as in the reference).
+``checkpoint0020.pth`` a copy kept for good (named by its 0-based epoch, as in the reference), and
+``checkpoint_best.pth`` a copy of the one whose probe with labels was best.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from torch import nn
 from dino_kit import distributed, files, log
 from dino_kit.errors import UserError
 
-NEWEST = "checkpoint.pth"
-PREVIOUS = "checkpoint_previous.pth"
+NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 _NUMBERED = re.compile(r"checkpoint\d{4,}\.pth").fullmatch
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -79,10 +80,23 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
     return content
 
 
+def is_best(scores: Sequence[float | None]) -> bool:
+    """Whether the last of these scores is above all before it; None is no score."""
+    if not scores or scores[-1] is None:
+        return False
+    return all(score is None or score < scores[-1] for score in scores[:-1])
+
+
+def keep_as_best(folder: str | Path) -> None:
+    """Let ``checkpoint_best.pth`` hold what the newest checkpoint holds."""
+    files.same_content(Path(folder) / NEWEST, Path(folder) / BEST)
+
+
 def remove(folder: str | Path) -> None:
     """Remove the checkpoints that a run wrote to ``folder``."""
     numbered = (path for path in Path(folder).glob("checkpoint*.pth") if _NUMBERED(path.name))
-    for path in (Path(folder) / NEWEST, Path(folder) / PREVIOUS, *numbered):
+    named = (Path(folder) / name for name in (NEWEST, PREVIOUS, BEST))
+    for path in (*named, *numbered):
         path.unlink(missing_ok=True)
 
 

@@ -27,6 +27,7 @@ def train(
     prepare: Callable[[Any], MicroBatch],
     monitor: Monitor,
     save: Callable[[int], None],
+    probe: Callable[[int], None],
     *,
     start: int,
     total_steps: int,
@@ -34,20 +35,24 @@ def train(
     save_every_steps: int,
     skipped: Skipped,
     max_bad_steps: int,
+    stop_on_collapse: bool,
     describe: Callable[[Sequence[Any]], str],
 ) -> None:
     """Take the steps from ``start`` to ``total_steps``.
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
-    the device, ``save(done)`` writes a checkpoint after ``done`` steps, and ``describe`` names a
-    step's images for the person who has to find out why it was dropped.
+    the device, ``save(done)`` writes a checkpoint after ``done`` steps, ``probe(done)`` looks at
+    the networks at the end of an epoch, and ``describe`` names a step's images for the person who
+    has to find out why it was dropped.
 
     Raises:
-        RunFailed: ``max_bad_steps`` steps in a row were dropped.
+        RunFailed: ``max_bad_steps`` steps in a row were dropped; or the run has collapsed, and
+            ``stop_on_collapse`` says that this ends it.
     """
     with log.progress(total_steps, "training", start) as advance:
         for step, (batches, waited) in enumerate(_with_waiting_time(loader), start):
-            outcome = learner.step(step, [prepare(batch) for batch in batches])
+            observe = monitor.writes_at(step)
+            outcome = learner.step(step, [prepare(batch) for batch in batches], observe)
             if outcome.committed:
                 skipped.in_a_row = 0
             elif not outcome.overflowed:
@@ -60,11 +65,25 @@ def train(
                     "last good checkpoint, if one was written, is kept. In the last of them: "
                     f"{describe(batches)}."
                 )
-            monitor.record(step, outcome.measured, outcome.settings, waited, skipped=skipped.total)
+            monitor.record(
+                step,
+                outcome.measured,
+                outcome.settings,
+                waited,
+                outcome.observed,
+                skipped=skipped.total,
+            )
+            if stop_on_collapse and monitor.diagnosis.alarm():
+                raise RunFailed(
+                    f"The run was stopped after step {step + 1} by --stop_on_collapse; the last "
+                    f"checkpoint, if one was written, is kept. {monitor.diagnosis.alarm()}"
+                )
             advance(1, monitor.summary())
             done = step + 1
             if done % steps_per_epoch == 0 or (save_every_steps and done % save_every_steps == 0):
                 save(done)
+            if done % steps_per_epoch == 0:
+                probe(done)
 
 
 def _with_waiting_time(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -17,6 +17,7 @@ from dino_kit import distributed, ema
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.objectives.dino import cross_view_loss
 from dino_kit.training import checkpoint, optim
+from dino_kit.training.health import Watch
 from dino_kit.training.plan import Plan
 from dino_kit.training.precision import DTYPES, LossScale
 
@@ -29,11 +30,12 @@ class MicroBatch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step reports. ``measured`` is empty when the step was dropped."""
+    """What a step reports. Where it was dropped, nothing was measured or observed."""
 
     committed: bool
     overflowed: bool  # dropped because fp16 overflowed, which lowers the loss scale and is no fault
-    measured: dict[str, Tensor]  # scalars, still on the device
+    measured: dict[str, Tensor]  # scalars of this process, still on the device
+    observed: dict[str, Tensor]  # how healthy the run is, where that was asked; of all processes
     settings: dict[str, float]
 
 
@@ -74,8 +76,10 @@ class Learner:
         self.parallel_student = distributed.data_parallel(student, self.device)
         self._buffers = [*student.buffers(), *teacher.buffers()]
 
-    def step(self, step: int, batches: Sequence[MicroBatch]) -> Outcome:
+    def step(self, step: int, batches: Sequence[MicroBatch], observe: bool = False) -> Outcome:
         """Take one optimiser step on ``batches``, the micro-batches of this process.
+
+        ``observe`` asks for the measures of :mod:`~dino_kit.training.health`, on all processes.
 
         The teacher sees all of them before the student sees the first, because Sinkhorn-Knopp
         balances the whole step's logits. Nothing is changed unless the loss and every gradient
@@ -83,9 +87,10 @@ class Learner:
         """
         settings = self.plan.at(step)
         buffers_before = [buffer.clone() for buffer in self._buffers]
-        targets, candidate = self._teach(batches, settings["teacher_temp"])
+        watch = Watch() if observe else None
+        targets, candidate = self._teach(batches, settings["teacher_temp"], watch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._learn(step, batches, targets)
+        loss = self._learn(step, batches, targets, watch)
 
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -105,17 +110,29 @@ class Learner:
         if self.loss_scale is not None and finite_loss:
             self.loss_scale.update(overflowed)
         measured = {"loss": loss, "grad_norm": norms.mean()} if committed else {}
-        return Outcome(committed, overflowed, measured, settings)
+        observed = watch.measures(loss) if watch and committed else {}
+        return Outcome(committed, overflowed, measured, observed, settings)
 
     @torch.no_grad()
-    def _teach(self, batches: Sequence[MicroBatch], temperature: float) -> tuple[list[Tensor], Any]:
+    def _teach(
+        self, batches: Sequence[MicroBatch], temperature: float, watch: Watch | None
+    ) -> tuple[list[Tensor], Any]:
         """Targets (2, B, K) for each micro-batch, and the state to commit if the step holds."""
         with self._autocast():
-            logits = [self.teacher(batch.groups[:1]).float() for batch in batches]
+            features = [self.teacher.embed(batch.groups[:1]) for batch in batches]
+            logits = [self.teacher.project(part).float() for part in features]
         targets, candidate = self.centering.targets(torch.cat(logits, dim=1), temperature)
+        if watch:
+            watch.saw_teacher(targets, torch.cat(features, dim=1))
         return list(targets.split([part.shape[1] for part in logits], dim=1)), candidate
 
-    def _learn(self, step: int, batches: Sequence[MicroBatch], targets: list[Tensor]) -> Tensor:
+    def _learn(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        targets: list[Tensor],
+        watch: Watch | None,
+    ) -> Tensor:
         """Accumulate the student's gradients; returns this process's mean loss."""
         images = sum(len(batch.places) for batch in batches)
         total = torch.zeros((), device=self.device)
@@ -128,6 +145,8 @@ class Learner:
                 loss = loss * (len(batch.places) / images)
                 (loss * self.loss_scale.scale if self.loss_scale else loss).backward()
             total += loss.detach()
+            if watch:
+                watch.saw_student(logits[:2].detach(), self.student_temp)
         return total
 
     def _commit(self, step: int, settings, gradients, norms: Tensor, candidate) -> None:

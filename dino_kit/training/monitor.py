@@ -1,4 +1,5 @@
-"""What a run writes down about itself: ``metrics.jsonl``, ``log.txt`` and ``tensorboard/``.
+"""What a run writes down about itself: ``metrics.jsonl``, ``log.txt``, ``probe.jsonl`` and
+``tensorboard/``.
 
 Measured values stay on the device, summed, until a step is logged; only then are they fetched.
 The sums are part of a checkpoint, so a resumed run writes the lines of an uninterrupted one.
@@ -8,14 +9,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from dino_kit import distributed, files, log
+from dino_kit.training.diagnosis import COLLAPSED, Diagnosis
 
-METRICS, EPOCHS, TENSORBOARD = "metrics.jsonl", "log.txt", "tensorboard"
+METRICS, EPOCHS, PROBES = "metrics.jsonl", "log.txt", "probe.jsonl"
+TENSORBOARD = "tensorboard"
 _HELD_BACK = 0.2  # share of a window's time spent waiting for data that is worth a sentence
 
 
@@ -27,6 +33,7 @@ class Monitor:
     Args:
         folder: the run's folder.
         images_per_step: images that all processes together take in a step.
+        diagnosis: names the run's state, line by line.
         start: steps taken before this process began; files are cut back to it.
     """
 
@@ -38,6 +45,7 @@ class Monitor:
         total_steps: int,
         images_per_step: int,
         log_every_steps: int,
+        diagnosis: Diagnosis,
         start: int = 0,
     ):
         self.folder = Path(folder)
@@ -45,6 +53,7 @@ class Monitor:
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.log_every_steps, self.start = log_every_steps, start
+        self.diagnosis = diagnosis
         self._window, self._epoch = _Sums(), _Sums()
         self._began = time.perf_counter()
         self._waited = 0.0
@@ -52,6 +61,7 @@ class Monitor:
         self._writer = None
         self._first_window, self._told_of_waiting = True, False
         self.last_line: dict[str, Any] = {}
+        self.probes: list[dict[str, Any]] = []  # results, first to last; on the main process
 
     def open(self) -> None:
         """Cut the files back to the step that the run goes on from, and begin to measure time."""
@@ -65,37 +75,64 @@ class Monitor:
         measured: dict[str, torch.Tensor],
         settings: dict[str, float],
         waited: float,
+        observed: Mapping[str, torch.Tensor] = MappingProxyType({}),
         **counts: int,
     ) -> None:
         """Take what step ``step`` (0-based) measured, the settings it ran with, and its wait.
 
-        ``measured`` holds scalars on the device, and nothing for a step that was dropped;
-        ``waited`` is in seconds.
+        ``measured`` holds scalars on the device, ``observed`` those of a step that writes a line,
+        of all processes; both are empty for a step that was dropped. ``waited`` is in seconds.
         """
         done = step + 1
         self._window.add(measured, settings)
         self._epoch.add(measured, settings)
         self._timed_steps += 1
         self._waited += waited
-        if done % self.log_every_steps == 0 or done == self.total_steps:
-            self._write_line(step, settings, counts)
+        if self.writes_at(step):
+            self._write_line(step, settings, observed, counts)
         if done % self.steps_per_epoch == 0:
             self._write_epoch(step)
+
+    def record_probe(self, done: int, result: dict[str, Any]) -> None:
+        """Take what a probe after ``done`` steps found; on the main process."""
+        self.probes.append({"step": done, **result})
+        _append(self.folder / PROBES, self.probes[-1])
+        self._write_scalars("probe", result, done)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, time does not count as the run's."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
+
+    def writes_at(self, step: int) -> bool:
+        """Whether a line is written after step ``step`` (0-based)."""
+        return (step + 1) % self.log_every_steps == 0 or step + 1 == self.total_steps
 
     def summary(self) -> str:
         """The newest logged line in a few words, for a progress bar."""
         if "loss" not in self.last_line:
             return ""
         line = self.last_line
-        return f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.1f} img/s"
+        speed = f"{line['images_per_second']:.1f} img/s"
+        return f"{line['state']}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed}"
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, of all processes; every process has to call it."""
-        return {"window": self._window.state_dict(), "epoch": self._epoch.state_dict()}
+        return {
+            "window": self._window.state_dict(),
+            "epoch": self._epoch.state_dict(),
+            "diagnosis": self.diagnosis.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self._window.load_state_dict(state["window"], device)
         self._epoch.load_state_dict(state["epoch"], device)
+        if "diagnosis" in state:  # a run that was begun before there was one has to be watched anew
+            self.diagnosis.load_state_dict(state["diagnosis"])
 
     def close(self) -> None:
         if self._writer is not None:
@@ -105,18 +142,30 @@ class Monitor:
         files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= self.start)
         epochs_done = self.start // self.steps_per_epoch
         files.cut_lines(self.folder / EPOCHS, lambda line: line["epoch"] < epochs_done)
+        self.probes = files.cut_lines(
+            self.folder / PROBES, lambda line: line["step"] <= self.start
+        )
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.start + 1)
 
-    def _write_line(self, step: int, settings: dict[str, float], counts: dict[str, int]) -> None:
+    def _write_line(
+        self,
+        step: int,
+        settings: dict[str, float],
+        observed: Mapping[str, torch.Tensor],
+        counts: dict[str, int],
+    ) -> None:
         means = self._window.means()
+        health = {name: float(value) for name, value in observed.items()}
         seconds = max(time.perf_counter() - self._began, 1e-9)
         share = self._waited / seconds
         self.last_line = {
             "step": step + 1,
             "epoch": step // self.steps_per_epoch,
             **means,
+            **health,
+            "state": self._diagnose(step + 1, health),
             **settings,
             **counts,
             "images_per_second": self._timed_steps * self.images_per_step / seconds,
@@ -127,9 +176,7 @@ class Monitor:
         self._began, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
         if distributed.is_main():
             _append(self.folder / METRICS, self.last_line)
-            for name, value in self.last_line.items():
-                if name != "step":
-                    self._writer.add_scalar(f"train/{name}", value, step + 1)
+            self._write_scalars("train", self.last_line, step + 1)
 
     def _write_epoch(self, step: int) -> None:
         means, settings = self._epoch.means(), self._epoch.mean_settings()
@@ -139,6 +186,19 @@ class Monitor:
             line |= {"train_lr": settings["lr"], "train_wd": settings["weight_decay"]}
             _append(self.folder / EPOCHS, line | {"epoch": step // self.steps_per_epoch})
             self._writer.flush()
+
+    def _write_scalars(self, group: str, line: dict[str, Any], done: int) -> None:
+        for name, value in line.items():
+            if not isinstance(value, str) and name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, done)
+
+    def _diagnose(self, done: int, health: dict[str, float]) -> str:
+        before, state = self.diagnosis.state, self.diagnosis.update(done, health)
+        if state != before and state in COLLAPSED:
+            log.notice(f"Step {done}: {self.diagnosis.alarm()}")
+        elif state != before and before in COLLAPSED:
+            log.notice(f"Step {done}: the {before} is over, and the run learns.")
+        return state
 
     def _say_if_held_back(self, share: float) -> None:
         # The first window holds the workers' start and says nothing of the run.

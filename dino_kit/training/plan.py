@@ -22,6 +22,7 @@ class Plan:
     momentum: Callable[[int], float]
     teacher_temp: Callable[[int], float]
     last_layer_frozen: Callable[[int], bool]
+    warmup_steps: int  # until the learning rate has peaked and the prototypes move
 
     def at(self, step: int) -> dict[str, float]:
         """The numbers of ``step``, by name."""
@@ -71,6 +72,7 @@ def plan_epochs(
         momentum=partial(cosine, base=momentum, final=1.0),
         teacher_temp=temperature,
         last_layer_frozen=lambda step: step // steps_per_epoch < freeze_last_layer,
+        warmup_steps=max(warmup_epochs, freeze_last_layer) * steps_per_epoch,
     )
 
 
