@@ -22,8 +22,8 @@ from dino_kit.data.crops import sample_crop
 from dino_kit.data.loader import epoch_order
 from dino_kit.data.sources import FolderSource
 from dino_kit.errors import UserError
-from dino_kit.evaluators.linear import LinearFeatures, LinearHead, training_view
 from dino_kit.evaluators.head_training import HeadTraining
+from dino_kit.evaluators.linear import LinearFeatures, LinearHead, training_view
 from dino_kit.normalize import Normalize
 from dino_kit.randomness import stream
 

@@ -17,8 +17,8 @@ from dino_kit.data.loader import default_workers
 from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
-from dino_kit.evaluators.linear import LinearFeatures
 from dino_kit.evaluators.head_training import HeadTraining, shared_features
+from dino_kit.evaluators.linear import LinearFeatures
 from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
