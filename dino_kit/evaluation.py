@@ -11,8 +11,10 @@ from typing import Any
 
 from dino_kit import log, weights
 from dino_kit.config import fields
-from dino_kit.config.evaluate import Checkpoint
-from dino_kit.weights import Loaded
+from dino_kit.config.evaluate import Checkpoint, Labelled
+from dino_kit.data.augment import eval_sizes
+from dino_kit.errors import UserError
+from dino_kit.weights import EvalTransform, Loaded
 
 _PACKAGES = ("dino_kit", "torch", "torchvision", "faiss-cpu", "numpy", "pillow")
 
@@ -49,6 +51,42 @@ def place(output_dir: str | None, loaded: Loaded, name: str) -> Path:
     if loaded.which not in (None, "teacher"):
         parts.append(loaded.which)
     return Path(output_dir or path.parent) / "_".join(parts)
+
+
+def transform(loaded: Loaded, image_size: int | None) -> EvalTransform:
+    """How images are prepared: as the checkpoint says, at another size if one is given.
+
+    Raises:
+        UserError: the patches do not divide that size.
+    """
+    chosen = loaded.transform
+    if image_size is not None:
+        chosen = chosen._replace(image_size=image_size)
+    size, patch = chosen.image_size, loaded.backbone.patch_size
+    if size % patch:
+        raise UserError(
+            f"--image_size {size} is not a multiple of the patch size {patch}; the nearest that "
+            f"is: {max(patch, patch * round(size / patch))}."
+        )
+    return chosen
+
+
+def described(transform: EvalTransform) -> dict[str, Any]:
+    """``transform`` as plain data, for a record."""
+    resize, crop = eval_sizes(transform.image_size)
+    return {
+        "resize": resize,
+        "interpolation": "bicubic",
+        "center_crop": crop,
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+    }
+
+
+def data_flags(config: Labelled) -> dict[str, Any]:
+    """The flags that named the images, for a record."""
+    names = ("data_path", "train_data", "val_data", "val_share")
+    return {name: getattr(config, name) for name in names}
 
 
 def origin(loaded: Loaded) -> dict[str, Any]:

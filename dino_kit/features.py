@@ -30,7 +30,7 @@ def extract(backbone: nn.Module, source: Source, **how: Any) -> tuple[Tensor, Te
     Raises:
         UserError: an image has no label, or cannot be read; the sentence names it.
     """
-    labels = _labels(source)
+    labels = labels_of(source)
     return embed(backbone, source, **how), labels
 
 
@@ -93,7 +93,8 @@ def embed(
     return features
 
 
-def _labels(source: Source) -> Tensor:
+def labels_of(source: Source) -> Tensor:
+    """The labels of all images, (n,) int64; raises :class:`UserError` where one has none."""
     labels = [source.label(index) for index in range(len(source))]
     if None in labels:
         raise UserError(

@@ -80,15 +80,16 @@ def same_content(source: str | Path, target: str | Path) -> None:
 
 
 @contextmanager
-def lock(folder: str | Path, holder: str) -> Iterator[None]:
+def lock(folder: str | Path, holder: str, name: str = ".lock") -> Iterator[None]:
     """Hold ``folder`` for this process; what a killed process held is free again.
 
-    Where the file system knows no locks, as some network file systems, nothing is held.
+    Processes whose locks have another ``name`` do not disturb each other. Where the file system
+    knows no locks, as some network file systems, nothing is held.
 
     Raises:
         UserError: another process holds it; ``holder`` says in the sentence what that does.
     """
-    with open(Path(folder) / ".lock", "ab") as file:
+    with open(Path(folder) / name, "ab") as file:
         try:
             _lock(file)
         except BlockingIOError:

@@ -64,6 +64,10 @@ REFERENCE = {
     "knn": "knn --pretrained_weights w.pth --checkpoint_key student --data_path d --arch vit_base "
     "--batch_size_per_gpu 64 --nb_knn 10 20 --temperature 0.1 --use_cuda off --patch_size 8 "
     "--num_workers 2 --dist_url env:// --local_rank 0 --dump_features f",
+    "linear": "linear --n_last_blocks 1 --avgpool_patchtokens true --arch deit_small --patch_size 16 "
+    "--pretrained_weights w.pth --checkpoint_key teacher --epochs 100 --lr 0.001 "
+    "--batch_size_per_gpu 128 --dist_url env:// --local_rank 0 --data_path /path/to/imagenet "
+    "--num_workers 10 --val_freq 1 --output_dir . --num_labels 1000 --evaluate",
     "attention": "attention --arch vit_small --patch_size 8 --pretrained_weights w.pth "
     "--checkpoint_key teacher --image_path p.png --image_size 480 480 --output_dir o "
     "--threshold 0.6",
@@ -88,6 +92,10 @@ def test_a_published_command_line_means_what_it_meant():
     assert changed == {"data_path", "output_dir"}
     assert parse(REFERENCE["knn"]).nb_knn == (10, 20)
     assert parse(REFERENCE["attention"]).image_size == (480, 480)
+    linear, usual = parse(REFERENCE["linear"]), parse("linear w.pth --data_path d")
+    assert (linear.avgpool_patchtokens, linear.evaluate, linear.num_labels) == (True, True, 1000)
+    for name in ("epochs", "lr", "batch_size_per_gpu", "val_freq", "checkpoint_key"):
+        assert getattr(linear, name) == getattr(usual, name)
 
 
 def test_flags_without_effect_are_accepted_with_a_notice(capsys, monkeypatch):
@@ -173,6 +181,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("train --data_path images", "--output_dir is missing."),
         ("train vits8", "--data_path and --output_dir are missing."),
         ("knn", "A checkpoint is missing: give a file, or the folder of a run."),
+        ("linear w.pth --evaluate", "Labelled images are needed: give either --data_path, or both "
+         "--train_data and --val_data."),
+        ("linear w.pth --val_data d", "Labelled images are needed: give either --data_path, or "
+         "both --train_data and --val_data."),
         ("knn a b", "'b' belongs to no flag; see dino-kit knn --help."),
         (f"train vits8 vitb8 {PATHS}", "'vitb8' belongs to no flag; see dino-kit train --help."),
         (f"train {PATHS} --global_crops_size 225", ("--global_crops_size 225 is not a multiple of "
@@ -194,8 +206,8 @@ def test_a_fault_ends_with_status_2_and_writes_nothing(capsys, tmp_path, monkeyp
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "dino-kit: error: 'trian' is no command; there are quickstart, train, knn, attention, "
-        "config; did you mean train?\n"
+        "dino-kit: error: 'trian' is no command; there are quickstart, train, knn, linear, "
+        "attention, config; did you mean train?\n"
     )
 
 

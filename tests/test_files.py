@@ -163,6 +163,13 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         pass
 
 
+def test_locks_of_other_names_do_not_disturb_each_other(tmp_path):
+    with files.lock(tmp_path, "training"), files.lock(tmp_path, "measuring", ".other.lock"):
+        with pytest.raises(UserError, match="Another process is measuring in"):
+            with files.lock(tmp_path, "measuring", ".other.lock"):
+                pass
+
+
 def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
     def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -109,6 +109,35 @@ def test_an_epoch_takes_every_image_once_and_drops_the_last_short_batch(batch, m
     assert all(sorted(places) == list(range(batch)) for places in steps)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 20), share=st.integers(1, 5), world_size=st.integers(1, 3),
+    most=st.integers(1, 5), start=st.integers(0, 2),
+)  # fmt: skip
+def test_the_last_short_batch_can_be_taken_too(count, share, world_size, most, start):
+    """Then, too, processes share it as evenly as can be, and one without images takes its step."""
+    batch, epochs = share * world_size, 2
+    options = {"count": count, "groups": ONE, "total_batch_size": batch, "epochs": epochs,
+               "drop_last": False, "start_step": start}  # fmt: skip
+    loaders = [
+        load(rank=rank, world_size=world_size, batch_size_per_gpu=most, **options)
+        for rank in range(world_size)
+    ]
+    steps, per_epoch = by_place(*loaders), -(-count // batch)
+    assert {loader.steps_per_epoch for loader in loaders} == {per_epoch}
+    assert len(steps) == max(0, epochs * per_epoch - start)
+    whole = by_place(load(**options | {"start_step": 0}, batch_size_per_gpu=batch))
+    assert steps == whole[start:]
+    for epoch in range(epochs):
+        taken = [image for places in whole[epoch * per_epoch :][:per_epoch]
+                 for image in images(places)]  # fmt: skip
+        assert sorted(taken) == list(range(count))
+    for step in zip(*loaders, strict=True):
+        sizes = [sum(len(part.indices) for part in parts) for parts in step]
+        assert max(sizes) - min(sizes) <= 1
+        assert all(len(part.indices) <= most for parts in step for part in parts)
+
+
 def test_each_epoch_and_seed_has_an_order_of_its_own():
     options = {"count": 24, "groups": ONE, "total_batch_size": 24, "epochs": 4}
     orders = [tuple(images(places)) for seed in range(3)

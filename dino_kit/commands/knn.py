@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import KnnConfig
-from dino_kit.data.augment import eval_sizes
 from dino_kit.data.loader import default_workers
 from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
@@ -83,15 +82,7 @@ def run(config: KnnConfig) -> None:
 
 def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """L2-normalised features and labels of the bank and of the queries, and their origin."""
-    transform = loaded.transform
-    if config.image_size is not None:
-        transform = transform._replace(image_size=config.image_size)
-    size, patch = transform.image_size, loaded.backbone.patch_size
-    if size % patch:
-        raise UserError(
-            f"--image_size {size} is not a multiple of the patch size {patch}; the nearest that "
-            f"is: {max(patch, patch * round(size / patch))}."
-        )
+    transform = evaluation.transform(loaded, config.image_size)
     device = distributed.choose_device(config.device)
     sources = open_labelled_sources(
         config.data_path, config.train_data, config.val_data, config.val_share
@@ -108,20 +99,10 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
             description=description,
         )
         arrays += [F.normalize(features, dim=1), labels]
-    resize, crop = eval_sizes(size)
     origin = {
         **evaluation.origin(loaded),
-        "transform": {
-            "resize": resize,
-            "interpolation": "bicubic",
-            "center_crop": crop,
-            "mean": list(transform.mean),
-            "std": list(transform.std),
-        },
-        "data": {
-            name: getattr(config, name)
-            for name in ("data_path", "train_data", "val_data", "val_share")
-        },
+        "transform": evaluation.described(transform),
+        "data": evaluation.data_flags(config),
         "read": dict(zip(("bank", "queries"), map(place, sources), strict=True)),
         "class_names": sources[0].classes,
         "device": str(device),

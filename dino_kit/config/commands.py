@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 
-from dino_kit.config.evaluate import AttentionConfig, KnnConfig, QuickstartConfig
+from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
 from dino_kit.config.train import TrainConfig
 
@@ -64,6 +64,16 @@ COMMANDS = {
         "k-nearest-neighbour accuracy of a checkpoint on labelled images",
         ("dino-kit knn OUT --data_path FOLDER_WITH_LABELS",),
         without_effect=_EVALUATION,
+    ),
+    "linear": Command(
+        LinearConfig,
+        "dino_kit.commands.linear:run",
+        "accuracy of a linear layer trained with labels on a checkpoint's features",
+        (
+            "dino-kit linear OUT --data_path FOLDER_WITH_LABELS",
+            "dino-kit linear OUT --evaluate --val_data FOLDER_WITH_LABELS",
+        ),
+        without_effect=_TORCHRUN,
     ),
     "attention": Command(
         AttentionConfig,

@@ -74,7 +74,7 @@ class Labelled:
         nothing="",
     )
     train_data: str | None = option(
-        None, "Labelled images to search, instead of --data_path.", nothing=""
+        None, "Labelled images to learn from, instead of --data_path.", nothing=""
     )
     val_data: str | None = option(None, "Labelled images to classify, likewise.", nothing="")
     val_share: float = option(
@@ -89,6 +89,15 @@ class Labelled:
     num_workers: int | None = option(
         None, "Processes that load data.", low=0, nothing="usable cores, 10 at most"
     )
+
+    def require_labelled(self) -> None:
+        """Raises :class:`UserError` where the flags do not name two sets of labelled images."""
+        pair = (self.train_data, self.val_data)
+        if bool(self.data_path) == any(pair) or any(pair) != all(pair):
+            raise UserError(
+                "Labelled images are needed: give either --data_path, or both --train_data and "
+                "--val_data."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +120,65 @@ class KnnConfig(Neighbours, Labelled, Checkpoint, Checked):
         if self.load_features:
             return
         self.require_checkpoint()
-        pair = (self.train_data, self.val_data)
-        if bool(self.data_path) == any(pair) or any(pair) != all(pair):
-            raise UserError(
-                "Labelled images are needed: give either --data_path, or both --train_data and "
-                "--val_data."
-            )
+        self.require_labelled()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear layer"""
+
+    n_last_blocks: int | None = option(
+        None,
+        "Join the class tokens of so many last blocks. The published ViT-S have 4, ViT-B 1.",
+        low=1, nothing="4, or all blocks where there are fewer",
+    )
+    avgpool_patchtokens: bool | None = option(
+        None,
+        "Also join the last block's average patch. The published ViT-S have false, ViT-B true.",
+        nothing="false",
+    )
+    epochs: int = option(100, "Epochs of training.", low=1)
+    lr: float = option(
+        0.001,
+        "First learning rate for a batch of 256, scaled in proportion to the batch; then half a "
+        "cosine, epoch by epoch, towards 0. The best one depends on the checkpoint.",
+        above=0,
+    )
+    total_batch_size: int | None = option(
+        None,
+        "Images of a step over all processes, so that the result does not depend on how many there "
+        "are; --batch_size_per_gpu is then the most that one takes at a time.",
+        low=1, nothing="--batch_size_per_gpu of each process",
+    )
+    val_freq: int = option(1, "Epochs from one validation to the next.", low=1)
+    num_labels: int | None = option(
+        None, "Number of classes, to be held against the data's.", low=1, nothing="the data's"
+    )
+    seed: int = option(
+        0, "Seed of the crops, their order and the first weights.", low=0, high=2**32 - 1
+    )
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto goes on where this command stopped; never begins again in its place."
+    )
+    evaluate: bool = option(
+        False, "Train nothing: classify the validation images by a head trained before.",
+        switch=True,
+    )
+    linear_weights: str | None = option(
+        None, "That head: a file of this command's, or a published one of the reference's.",
+        nothing="the one that this command wrote",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(Linear, Labelled, Checkpoint, Checked):
+    def check(self) -> None:
+        self.require_checkpoint()
+        if self.linear_weights and not self.evaluate:
+            raise UserError("--linear_weights names a head to evaluate; give --evaluate with it.")
+        # To classify images takes none to learn from.
+        if not (self.evaluate and self.val_data and not (self.data_path or self.train_data)):
+            self.require_labelled()
 
 
 @dataclass(frozen=True, kw_only=True)

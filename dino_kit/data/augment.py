@@ -24,10 +24,14 @@ class CropParameters:
     solarize_threshold: float | None = None
 
 
-def render(image: Image.Image, parameters: CropParameters) -> np.ndarray:
+def render(
+    image: Image.Image,
+    parameters: CropParameters,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
     """The crop of an RGB ``image`` as (S, S, 3) uint8."""
     p = parameters
-    crop = resized_crop(image, p.box, p.size)
+    crop = resized_crop(image, p.box, p.size, resample)
     if p.flip:
         crop = flip(crop)
     for operation, factor in p.jitter:
@@ -42,15 +46,18 @@ def render(image: Image.Image, parameters: CropParameters) -> np.ndarray:
 
 
 def resized_crop(
-    image: Image.Image, box: tuple[int, int, int, int], size: int
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    size: int,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """Cut out ``box`` (top, left, height, width), then resize it bicubically to S × S.
+    """Cut out ``box`` (top, left, height, width), then resize it to S × S.
 
     Resizing with ``box`` in one go would let pixels outside of it bleed in at the borders.
     """
     top, left, height, width = box
     crop = image.crop((left, top, left + width, top + height))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
+    return crop.resize((size, size), resample)
 
 
 def flip(image: Image.Image) -> Image.Image:

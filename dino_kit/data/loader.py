@@ -46,12 +46,15 @@ class Loader:
     A step's global batch of ``total_batch_size`` images is split evenly over the processes; a
     process's part is cut into as few micro-batches of at most ``batch_size_per_gpu`` as will do,
     whose sizes differ by one at most. Each epoch takes every image at most once; the last short
-    batch is dropped. Workers go on across epochs, so no step waits for them to start again.
+    batch is dropped, or split as evenly as it can be. Workers go on across epochs, so no step waits
+    for them to start again.
 
     Args:
         source: the images.
         groups: the views of each crop size; the first group holds the two global views.
         start_step: optimiser steps that were taken before.
+        drop_last: whether the last short batch of an epoch is dropped. A process may have no image
+            of one that is not: its step then is one micro-batch of none, without groups.
 
     Raises:
         UserError: the batch cannot be split evenly, or is larger than the source.
@@ -70,6 +73,7 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         start_step: int = 0,
+        drop_last: bool = True,
         pin_memory: bool = False,
         multiprocessing_context: str | None = None,
     ):
@@ -78,19 +82,19 @@ class Loader:
                 f"A total batch of {total_batch_size} cannot be split evenly over {world_size} "
                 "processes; change --total_batch_size."
             )
-        if len(source) < total_batch_size:
+        if drop_last and len(source) < total_batch_size:
             raise UserError(
                 f"There are {len(source)} images, fewer than one batch of {total_batch_size}; "
                 f"give --total_batch_size {len(source)} or less."
             )
-        self.steps_per_epoch = len(source) // total_batch_size
+        whole, rest = divmod(len(source), total_batch_size)
+        sizes = [total_batch_size] * whole + ([rest] if rest and not drop_last else [])
+        self.steps_per_epoch = len(sizes)
         self.total_steps = epochs * self.steps_per_epoch
         self.num_workers, self.start_step = num_workers, start_step
-        local = total_batch_size // world_size
-        first = rank * local
-        self._parts = np.array_split(
-            np.arange(first, first + local), -(-local // batch_size_per_gpu)
-        )
+        # All steps of an epoch but its last are alike, so they share one list.
+        parts = {size: _parts(size, rank, world_size, batch_size_per_gpu) for size in set(sizes)}
+        self._parts = [parts[size] for size in sizes]
         sampler = _MicroBatches(
             len(source), seed, total_batch_size, self._parts, start_step, self.total_steps
         )
@@ -107,17 +111,10 @@ class Loader:
         return self.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        step: list[Batch] = []
-        for batch in self._batches:
-            if isinstance(batch, str):
-                raise UserError(
-                    f"{batch} A run that is to go on needs as many images as before: replace the "
-                    "file, rather than remove it."
-                )
-            step.append(batch)
-            if len(step) == len(self._parts):
-                yield step
-                step = []
+        batches = iter(self._batches)
+        for step in range(self.start_step, self.total_steps):
+            parts = self._parts[step % self.steps_per_epoch]
+            yield [_readable(next(batches)) for _ in parts]
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
@@ -137,13 +134,21 @@ def default_workers() -> int:
     return min(10, usable_cores())
 
 
+def _parts(size: int, rank: int, world_size: int, most: int) -> list[np.ndarray]:
+    """The places of a process in a global batch of ``size``, in micro-batches of ``most``."""
+    share = np.array_split(np.arange(size), world_size)[rank]
+    return np.array_split(share, max(1, -(-len(share) // most)))
+
+
 class _MicroBatches(Sampler):
+    """The picks of each micro-batch; ``parts`` are the places of each step of an epoch."""
+
     def __init__(
         self,
         length: int,
         seed: int,
         total_batch_size: int,
-        parts: Sequence[np.ndarray],
+        parts: Sequence[Sequence[np.ndarray]],
         start_step: int,
         total_steps: int,
     ):
@@ -151,17 +156,17 @@ class _MicroBatches(Sampler):
         self.parts, self.start_step, self.total_steps = parts, start_step, total_steps
 
     def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * len(self.parts)
+        steps = range(self.start_step, self.total_steps)
+        return sum(len(self.parts[step % len(self.parts)]) for step in steps)
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        steps_per_epoch = self.length // self.total_batch_size
         order, order_of = np.empty(0), -1
         for step in range(self.start_step, self.total_steps):
-            epoch, position = divmod(step, steps_per_epoch)
+            epoch, position = divmod(step, len(self.parts))
             if epoch != order_of:
                 order, order_of = epoch_order(self.seed, epoch, self.length), epoch
             begin = position * self.total_batch_size
-            for part in self.parts:
+            for part in self.parts[position]:
                 yield [Pick(epoch, int(order[begin + place]), int(place)) for place in part]
 
 
@@ -198,8 +203,8 @@ class _Crops(Dataset):
                     view_number += 1
         return Batch(
             groups,
-            torch.tensor([pick.index for pick in picks]),
-            torch.tensor([pick.place for pick in picks]),
+            torch.tensor([pick.index for pick in picks], dtype=torch.int64),
+            torch.tensor([pick.place for pick in picks], dtype=torch.int64),
         )
 
 
@@ -208,6 +213,15 @@ def _channels_first(pixels: np.ndarray | Tensor) -> Tensor:
         return pixels
     # A copy, because torch takes neither Pillow's read-only memory nor negative strides.
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _readable(batch: Batch | str) -> Batch:
+    if isinstance(batch, str):
+        raise UserError(
+            f"{batch} A run that is to go on needs as many images as before: replace the file, "
+            "rather than remove it."
+        )
+    return batch
 
 
 def _as_it_is(batch: Batch | str) -> Batch | str:

@@ -1,0 +1,269 @@
+"""``dino-kit linear``: accuracy of a linear layer trained with labels on a checkpoint's features."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_kit import distributed, evaluation, files, log, weights
+from dino_kit.config import fields
+from dino_kit.config.evaluate import LinearConfig
+from dino_kit.data.loader import default_workers
+from dino_kit.data.sources import open_labelled_sources, place
+from dino_kit.errors import UserError
+from dino_kit.evaluators import classifier, linear
+from dino_kit.evaluators.head_training import HeadTraining, shared_features
+from dino_kit.evaluators.linear import LinearFeatures
+from dino_kit.features import labels_of
+from dino_kit.weights import Loaded
+
+_FEW_STEPS = 10_000  # an epoch of ImageNet in batches of 128
+
+
+def run(config: LinearConfig) -> None:
+    """Train a linear layer, or evaluate one; print a table and write it as JSON.
+
+    Raises:
+        UserError: checkpoint, data, head and flags do not fit; nothing is written then.
+        RunFailed: the loss is not finite.
+    """
+    files.require_folder("output_dir", config.output_dir)
+    device = distributed.choose_device(config.device)
+    loaded = evaluation.load_checkpoint(config)
+    target = evaluation.place(config.output_dir, loaded, "linear")
+    try:
+        (_evaluate if config.evaluate else _train)(config, loaded, target, device)
+    finally:
+        distributed.stop()
+
+
+def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
+    training = _assemble(config, loaded, target, device)
+    _introduce(training)
+    distributed.start(device)
+    try:
+        training.fit()
+    except KeyboardInterrupt:
+        if training.path.exists():
+            same = "same command" + ("" if training.resume else " without --resume")
+            log.notice(f"The {same} goes on from the last epoch in {training.path}.")
+        raise
+    if not distributed.is_main():
+        return
+    chance = _chance(labels_of(training.val), labels_of(training.train))
+    files.write_json(Path(f"{target}.json"), _record(config, training, chance))
+    if training.start == training.epochs:
+        log.say(f"{training.path} holds this training already, finished")
+    _table(
+        {
+            f"{name}, epoch {training.results[key]['epochs']}": training.results[key]
+            for key, name in {"last": "at the end", "best": "at its best"}.items()
+        }
+    )
+    log.say(
+        f"{len(training.val):,} images classified; answering always with the largest class gives "
+        f"{chance:.2f} %"
+    )
+    log.say(f"written to {target}.json; the head is {training.path}, and classifies images by")
+    words = ["dino-kit", "linear", config.weights, "--evaluate", "--val_data", "FOLDER"]
+    words += ["--output_dir", config.output_dir] if config.output_dir else []
+    log.say(f"  {shlex.join(words)}")
+
+
+def _assemble(
+    config: LinearConfig, loaded: Loaded, target: Path, device: torch.device
+) -> HeadTraining:
+    train, val = open_labelled_sources(
+        config.data_path, config.train_data, config.val_data, config.val_share
+    )
+    _check_number(config, len(train.classes), "the data has")
+    if len(train.classes) == 1:
+        raise UserError(
+            f"All images are of one class, {train.classes[0]}; a linear layer tells two or more "
+            "apart."
+        )
+    total = config.total_batch_size or config.batch_size_per_gpu * distributed.world_size()
+    return HeadTraining(
+        loaded=loaded,
+        flags=_architecture_flags(config),
+        features=LinearFeatures(
+            loaded.backbone, config.n_last_blocks, config.avgpool_patchtokens
+        ),
+        transform=evaluation.transform(loaded, config.image_size),
+        train=train,
+        val=val,
+        epochs=config.epochs,
+        lr=config.lr,
+        total_batch_size=total,
+        batch_size_per_gpu=config.batch_size_per_gpu,
+        seed=config.seed,
+        val_freq=config.val_freq,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        device=device,
+        path=_head_path(target),
+        log=Path(f"{target}_log.txt"),
+        resume=config.resume == "auto",
+    )
+
+
+def _introduce(training: HeadTraining) -> None:
+    """Say in three lines what is about to run."""
+    log.say(
+        f"{_described(training.features)}, {len(training.train.classes)} classes, on "
+        f"{training.device}, {distributed.world_size()} process(es)"
+    )
+    log.say(
+        f"{len(training.train):,} images to train on and {len(training.val):,} to validate; "
+        f"{training.loader.steps_per_epoch:,} steps of {training.total_batch_size} an epoch, "
+        f"{training.epochs} epochs, learning rate {training.scaled_lr:g}"
+    )
+    steps = training.loader.total_steps
+    if training.lr == LinearConfig.lr and steps < _FEW_STEPS:
+        log.notice(
+            f"The usual --lr {training.lr:g} is meant for the {100 * _FEW_STEPS:,} steps that "
+            f"ImageNet takes; with {steps:,}, a higher one, such as 0.1, is likely better: try some."
+        )
+    if 0 < training.start < training.epochs:
+        log.say(f"going on after epoch {training.start:,} of {training.epochs:,}")
+
+
+def _record(config: LinearConfig, training: HeadTraining, chance: float) -> dict[str, Any]:
+    return {
+        "results": training.results,
+        "largest_class_percent": chance,
+        "train_images": len(training.train),
+        "test_images": len(training.val),
+        "classes": len(training.train.classes),
+        "features": _features(training.features),
+        "total_batch_size": training.total_batch_size,
+        "scaled_lr": training.scaled_lr,
+        "head": _file(training.path),
+        "transform": evaluation.described(training.transform),
+        "data": evaluation.data_flags(config),
+        "read": {"train": place(training.train), "validation": place(training.val)},
+        "class_names": training.train.classes,
+        "device": str(training.device),
+        **evaluation.origin(training.loaded),
+        **evaluation.repetition("linear", config),
+    }
+
+
+def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
+    path = Path(config.linear_weights or _head_path(target))
+    if config.linear_weights is None and not path.is_file():
+        raise UserError(
+            f"There is no trained head {path}; leave --evaluate out to train it, or name another "
+            "by --linear_weights."
+        )
+    saved = classifier.read_head(classifier.find_head(path))
+    classifier.check_backbone(saved, loaded)
+    features = classifier.features_for(
+        saved, loaded.backbone, config.n_last_blocks, config.avgpool_patchtokens
+    )
+    if saved.transform is not None:
+        loaded = loaded._replace(transform=saved.transform)
+    transform = evaluation.transform(loaded, config.image_size)
+    # To classify images takes none to learn from.
+    train = config.train_data or (None if config.data_path else config.val_data)
+    _, val = open_labelled_sources(config.data_path, train, config.val_data, config.val_share)
+    number = saved.head.linear.out_features
+    _check_number(config, number, f"{saved.path} is for")
+    places = torch.tensor(classifier.places(saved, val.classes))
+    age = "" if saved.epoch is None else f" after epoch {saved.epoch}"
+    log.say(f"head {saved.path}{age}: {_described(features)}, {number} classes")
+
+    distributed.start(device)
+    rows, labels = shared_features(
+        features,
+        val,
+        transform,
+        batch_size=config.batch_size_per_gpu,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        device=device,
+    )
+    found = linear.accuracy(saved.head.to(device), rows, places[labels])
+    if not distributed.is_main():
+        return
+    result = {"top1": found["acc1"], "top5": found["acc5"], "loss": found["loss"]}
+    chance = _chance(labels_of(val), labels_of(val))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(
+        Path(f"{target}_evaluate.json"),
+        {
+            "results": result,
+            "largest_class_percent": chance,
+            "test_images": len(val),
+            "classes": number,
+            "features": _features(features),
+            "head": _file(saved.path),
+            "transform": evaluation.described(transform),
+            "data": evaluation.data_flags(config),
+            "read": {"validation": place(val)},
+            "class_names": saved.classes or val.classes,
+            "device": str(device),
+            **evaluation.origin(loaded),
+            **evaluation.repetition("linear", config),
+        },
+    )
+    _table({saved.path.name: result})
+    log.say(
+        f"{len(val):,} images classified; answering always with their largest class gives "
+        f"{chance:.2f} %"
+    )
+    log.say(f"written to {target}_evaluate.json")
+
+
+def _head_path(target: Path) -> Path:
+    return target.with_name(f"checkpoint_{target.name}.pth")
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"path": str(path.absolute()), "sha256": files.sha256(path)}
+
+
+def _check_number(config: LinearConfig, number: int, there: str) -> None:
+    if config.num_labels not in (None, number):
+        raise UserError(
+            f"--num_labels is {config.num_labels}, and {there} {number} classes; the flag can be "
+            "left out."
+        )
+
+
+def _architecture_flags(config: LinearConfig) -> dict[str, Any]:
+    """What was said of the architecture by flags, as :func:`dino_kit.weights.load` takes it."""
+    known = inspect.signature(weights.load).parameters
+    return {
+        name: value
+        for name, value in fields.to_plain(config).items()
+        if name in known and value is not None
+    }
+
+
+def _chance(labels: Tensor, learnt: Tensor) -> float:
+    """How many percent of ``labels`` are the commonest of ``learnt``."""
+    return 100.0 * float((labels == learnt.mode().values).double().mean())
+
+
+def _features(features: LinearFeatures) -> dict[str, Any]:
+    names = ("n_last_blocks", "avgpool_patchtokens", "embed_dim")
+    return {name: getattr(features, name) for name in names}
+
+
+def _described(features: LinearFeatures) -> str:
+    blocks = features.n_last_blocks
+    what = f"the last {blocks} blocks" if blocks > 1 else "the last block"
+    average = " and its average patch" if features.avgpool_patchtokens else ""
+    return f"features of {what}{average}, {features.embed_dim} wide"
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> None:
+    cells = [
+        (name, *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("top1", "top5", "loss")))
+        for name, row in rows.items()
+    ]
+    log.table("linear accuracy, %", ["", "top-1", "top-5", "loss"], cells)

@@ -1,0 +1,285 @@
+"""A linear layer's training on a checkpoint's features: crops, steps, and the files it leaves.
+
+It goes on where an earlier one stopped, from the layer's file, which appears whole after each epoch;
+whatever is drawn is a function of seed, epoch and image, so neither an interruption nor the number
+of processes changes what is learnt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_kit import distributed, files, log
+from dino_kit.backbones.frozen import frozen
+from dino_kit.data.loader import Loader
+from dino_kit.data.sources import Source, Subset, place
+from dino_kit.errors import UserError
+from dino_kit.evaluators import classifier, linear
+from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
+from dino_kit.features import extract, labels_of
+from dino_kit.normalize import Normalize
+from dino_kit.weights import EvalTransform, Loaded
+
+# What a file needs, beside what tells trainings apart, to go on from it.
+_NEEDED = ("epoch", "state_dict", "optimizer", "results")
+
+
+@dataclass(kw_only=True)
+class HeadTraining:
+    """A linear layer in training, ready to go on from epoch ``start``.
+
+    Args:
+        loaded: the checkpoint, whose backbone ``features`` has.
+        flags: what had to be said of its architecture, as :func:`dino_kit.weights.load` takes it.
+        train, val: labelled sources of the same classes.
+        lr: for a batch of 256; it is scaled to ``total_batch_size``.
+        batch_size_per_gpu: images that a process takes at a time, at most.
+        path: the layer's file.
+        log: the file of a line for each epoch.
+        resume: whether to go on from ``path``, if it is there; else it makes way.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or ``path`` is of another training.
+    """
+
+    loaded: Loaded
+    flags: dict[str, Any]
+    features: LinearFeatures
+    transform: EvalTransform
+    train: Source
+    val: Source
+    epochs: int
+    lr: float
+    total_batch_size: int
+    batch_size_per_gpu: int
+    seed: int
+    val_freq: int
+    num_workers: int
+    device: torch.device
+    path: Path
+    log: Path
+    resume: bool = True
+    start: int = field(default=0, init=False)  # epochs done before
+    # Epochs done, top1, top5 (percent) and loss, by "last" and "best".
+    results: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        saved = self._saved() if self.resume else None
+        if saved:
+            self.start, self.results = saved["epoch"], saved["results"]
+        self.loader = Loader(
+            self.train,
+            [[linear.training_view(self.transform.image_size)]],
+            seed=self.seed,
+            epochs=self.epochs,
+            total_batch_size=self.total_batch_size,
+            batch_size_per_gpu=self.batch_size_per_gpu,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=self.num_workers,
+            start_step=self.start * -(-len(self.train) // self.total_batch_size),
+            drop_last=False,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.head = LinearHead(self.features.embed_dim, len(self.train.classes), self.seed)
+        self.head.to(self.device)
+        self.optimizer = linear.build_optimizer(self.head)
+        if saved:
+            self.head.load_state_dict(classifier.unwrapped(saved["state_dict"]))
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    @property
+    def scaled_lr(self) -> float:
+        """The first epoch's rate, for the batch as it is."""
+        return self.lr * self.total_batch_size / linear.REFERENCE_BATCH
+
+    def fit(self) -> None:
+        """Train the remaining epochs; every process has to call it.
+
+        Raises:
+            RunFailed: the loss is not finite.
+            UserError: an image cannot be read, or another process is training in ``path``.
+        """
+        if not distributed.is_main():
+            self._fit()
+            return
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.lock(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
+            files.remove_leftovers(folder)
+            if not self.resume:
+                self.path.unlink(missing_ok=True)
+            files.cut_lines(self.log, lambda line: line["epoch"] < self.start)
+            self._fit()
+
+    def _fit(self) -> None:
+        if self.start == self.epochs:
+            return
+        # An image to validate on looks the same each time, so its features are made once.
+        features, labels = shared_features(
+            self.features,
+            self.val,
+            self.transform,
+            batch_size=self.batch_size_per_gpu,
+            num_workers=self.num_workers,
+            device=self.device,
+        )
+        total, done = self.loader.total_steps, self.loader.start_step
+        with log.progress(total, "training", done) as advance:
+            linear.fit(
+                self.head,
+                self.optimizer,
+                self._steps(),
+                steps_per_epoch=self.loader.steps_per_epoch,
+                epochs=self.epochs,
+                lr=self.scaled_lr,
+                start=self.start,
+                val_freq=self.val_freq,
+                validate=lambda: linear.accuracy(self.head, features, labels),
+                finished=self._finished,
+                advance=advance,
+            )
+
+    def _steps(self) -> Iterator[Step]:
+        labels = labels_of(self.train)
+        features = self.features.to(self.device)
+        normalize = Normalize(self.transform.mean, self.transform.std).to(self.device)
+        for number, batches in enumerate(self.loader, self.loader.start_step):
+            first = number % self.loader.steps_per_epoch * self.total_batch_size
+            with frozen(features, self.device):
+                parts = [
+                    features(normalize(batch.groups[0][0].to(self.device, non_blocking=True)))
+                    for batch in batches
+                    if len(batch.indices)
+                ]
+            # What was made in inference mode cannot be learnt from; what is joined here can.
+            none = torch.empty(0, features.embed_dim, device=self.device)
+            indices = torch.cat([batch.indices for batch in batches])
+            yield Step(
+                torch.cat([none, *parts]),
+                labels[indices].to(self.device),
+                min(self.total_batch_size, len(self.train) - first),
+            )
+
+    def _finished(self, done: int, line: dict[str, float | None]) -> None:
+        """Write down an epoch: its line, then the layer."""
+        if "test_acc1" in line:
+            last = {
+                "epochs": done,
+                "top1": line["test_acc1"],
+                "top5": line["test_acc5"],
+                "loss": line["test_loss"],
+            }
+            best = self.results.get("best", last)
+            self.results = {"last": last, "best": last if last["top1"] > best["top1"] else best}
+        if not distributed.is_main():
+            return
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        content = {
+            "epoch": done,
+            "state_dict": classifier.wrapped(self.head.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "best_acc": self.results["best"]["top1"],
+            "results": self.results,
+            **self._identity(),
+        }
+        with files.atomic_write(self.path) as file:
+            torch.save(content, file)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes this training another than any other, as plain data."""
+        transform = self.transform._asdict()
+        return {
+            "classes": self.train.classes,
+            "features": {
+                "n_last_blocks": self.features.n_last_blocks,
+                "avgpool_patchtokens": self.features.avgpool_patchtokens,
+            },
+            "transform": {name: list(value) if isinstance(value, tuple) else value
+                          for name, value in transform.items()},
+            "protocol": {
+                "epochs": self.epochs,
+                "lr": self.lr,
+                "total_batch_size": self.total_batch_size,
+                "seed": self.seed,
+            },
+            "backbone": {
+                "path": str(Path(self.loaded.path).absolute()),
+                "sha256": self.loaded.sha256,
+                "network": self.loaded.which,
+                "architecture": self.loaded.architecture,
+                "flags": self.flags,
+            },
+            "images": {"train": _fingerprint(self.train), "val": _fingerprint(self.val)},
+        }  # fmt: skip
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What there is to go on from."""
+        if not self.path.is_file():
+            return None
+        saved, now = files.read_weights(self.path), self._identity()
+        if any(name not in saved for name in (*_NEEDED, *now)):
+            raise UserError(
+                f"{self.path} was not written by dino-kit linear, so a training cannot go on from "
+                "it; give another --output_dir."
+            )
+        changed = [
+            f"{name} was {saved[group].get(name)} and is now {value}"
+            for group in ("features", "transform", "protocol")
+            for name, value in now[group].items()
+            if saved[group].get(name) != value
+        ]
+        before, after = saved["backbone"], now["backbone"]
+        if any(before.get(key) != after[key] for key in ("sha256", "network", "architecture")):
+            changed.append(f"the weights of {self.loaded.path} were others")
+        for source in ("train", "val"):
+            if saved["images"].get(source) != now["images"][source]:
+                changed.append(f"the images of {place(getattr(self, source))} were others")
+        if changed:
+            raise UserError(
+                f"{self.path} was trained with other settings: {'; '.join(changed)}. Give another "
+                "--output_dir, or --resume never to begin again in its place."
+            )
+        return saved
+
+
+def shared_features(
+    features: LinearFeatures,
+    source: Source,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Features (n, E) and labels (n,) of this process's share; every image is in one share."""
+    share = range(distributed.rank(), len(source), distributed.world_size())
+    return extract(
+        features,
+        Subset(source, share),
+        **transform._asdict(),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        description="features (validation)",
+    )
+
+
+def _fingerprint(source: Source) -> str:
+    """A hash of the images' names and labels, which does not depend on where their folder lies."""
+    root = f"{place(source)}{os.sep}"
+    digest = hashlib.sha256()
+    for index, label in enumerate(labels_of(source).tolist()):
+        name = source.name(index).removeprefix(root).encode("utf-8", "surrogatepass")
+        digest.update(name + f"\0{label}\n".encode())
+    return digest.hexdigest()
