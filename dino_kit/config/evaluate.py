@@ -40,6 +40,10 @@ class Checkpoint:
         None, "Width of the MLP over that of the tokens, likewise.", above=0,
         nothing="the checkpoint's",
     )
+    mlp_grid: Literal["mix", "resize"] | None = option(
+        None, "How a ResMLP sees images of another size than it was trained at, likewise.",
+        nothing="the checkpoint's",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
     output_dir: str | None = option(
         None, "Folder to write to.", nothing="beside the checkpoint"
