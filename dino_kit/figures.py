@@ -64,8 +64,13 @@ def masked(image: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(drawn)
 
 
-def sheet(title: str, subtitle: str, panels: Sequence[tuple[str, str, Image.Image]]) -> Image.Image:
-    """Pictures of one size in a labelled grid.
+def sheet(
+    title: str,
+    subtitle: str,
+    panels: Sequence[tuple[str, str, Image.Image]],
+    columns: int | None = None,
+) -> Image.Image:
+    """Pictures of one size in a labelled grid, of so many ``columns`` or of what looks best.
 
     A panel is (label, what stands at its right where there is room, picture). A title that is too
     long is cut, a subtitle goes on in the next line.
@@ -73,7 +78,7 @@ def sheet(title: str, subtitle: str, panels: Sequence[tuple[str, str, Image.Imag
     first = panels[0][2]
     width = max(first.width, *(math.ceil(_length(label)) for label, _, _ in panels))
     height = _LINE + first.height
-    columns = _columns(len(panels), height / width)
+    columns = columns or _columns(len(panels), height / width)
     rows = math.ceil(len(panels) / columns)
     room = max(columns * (width + _GAP) - _GAP, 420)
     lines = _wrapped(subtitle, room)

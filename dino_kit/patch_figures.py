@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from dino_kit import figures, files
 
 SIGNED_COLOURS = "RdBu_r"
-_INK, _FRAME = (24, 24, 27), (200, 200, 205)
+_PAPER, _INK, _FRAME = (255, 255, 255), (24, 24, 27), (200, 200, 205)
 
 Place = tuple[int, int]
 
@@ -97,13 +97,14 @@ def _overview(
 ) -> Image.Image:
     grid = mixing[1].shape[1:] if similarity is None else similarity.shape
     size = figures.panel_size(grid)
-    panels = [("image", f"{image.height} × {image.width}", figures.fitted(image, size))]
+    panels, columns = [], 3
     sentences = [f"{grid[0]} × {grid[1]} patches."]
     if similarity is not None:
         colours = figures.colour_table()
-        small = panels[0][2]
-        between = f"{similarity.min():.2f} to {similarity.max():.2f}"
-        panels += [
+        small = figures.fitted(image, size)
+        between = f"{similarity.min():.2f} to {similarity.max():.2f}".replace("-", "−")
+        panels = [
+            ("image", f"{image.height} × {image.width}", small),
             ("similarity, on the image", "", figures.overlay(small, similarity, colours)),
             ("similarity", between, figures.heat(similarity, size, colours)),
         ]
@@ -113,21 +114,25 @@ def _overview(
     if mixing is not None:
         colours = figures.colour_table(SIGNED_COLOURS)
         for (row, column), values in zip(*mixing, strict=True):
-            panels.append((
-                f"row {row + 1}, column {column + 1}",
-                f"±{abs(values).max():.2g}",
-                signed(values, size, colours, (row, column)),
-            ))  # fmt: skip
+            label = f"row {row + 1}, column {column + 1}"
+            end = f"±{abs(values).max():#.2g}"
+            panels.append((label, end, signed(values, size, colours, (row, column))))
+        # As the patches lie in the image, where that leaves no gap.
+        across = len({column for _, column in mixing[0]})
+        columns = across if similarity is None or len(panels) - len(mixing[0]) == across else None
         sentences.append(
             "Row and column: what every patch adds to the outlined one in the last token mixing, "
-            "which is the same for every image; red adds, blue subtracts, the deepest colour is "
-            "the number beside."
+            "which is the same for every image; red adds, blue subtracts, and the deepest colours "
+            "are the number at the right."
         )
-    return figures.sheet(title, " ".join(sentences), panels)
+    return figures.sheet(title, " ".join(sentences), panels, columns)
 
 
 def _outline(draw: ImageDraw.ImageDraw, at: Place, grid: Place, size: tuple[int, int]) -> None:
+    """Black around the patch, and white around that, to be seen on any colour."""
     top, bottom = (round((at[0] + end) * size[0] / grid[0]) for end in (0, 1))
     left, right = (round((at[1] + end) * size[1] / grid[1]) for end in (0, 1))
-    box = (left, top, max(left, right - 1), max(top, bottom - 1))
-    draw.rectangle(box, outline=_INK, width=max(1, max(size) // 200))
+    width = max(1, max(size) // 230)
+    for colour, out in ((_INK, width), (_PAPER, 2 * width)):
+        box = (left - out, top - out, right - 1 + out, bottom - 1 + out)
+        draw.rectangle(box, outline=colour, width=width)
