@@ -12,21 +12,21 @@ import dino_kit
 from dino_kit import cli
 
 FLAGS = ["--arch", "resmlp", "--num_heads", "none", "--total_batch_size", 128,
-         "--batch_size_per_gpu", 64, "--epochs", 2, "--lr", 0.005]  # fmt: skip
+         "--batch_size_per_gpu", 64, "--epochs", 1, "--warmup_epochs", 0]  # fmt: skip
 
 
 @pytest.mark.parametrize("mlp_grid", ["mix", "resize"])
 def test_a_resmlp_is_pretrained_resumed_bit_for_bit_and_evaluated(tmp_path, monkeypatch, mlp_grid):
     flags = [*FLAGS, "--mlp_grid", mlp_grid]
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        stop_after(patched, 13)
+        stop_after(patched, 7)
         train("digits", tmp_path / "parts", *flags, "--save_every_steps", 5)
-    assert result(tmp_path / "parts")["step"] == 11
+    assert result(tmp_path / "parts")["step"] == 5
     for name in ("parts", "whole"):
         assert train("digits", tmp_path / name, *flags) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     losses = [line["loss"] for line in metrics(tmp_path / "whole")]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1
 
     backbone = dino_kit.load_backbone(tmp_path / "whole")
     assert (backbone.embed_dim, backbone.depth, backbone.mlp_grid) == (24, 2, mlp_grid)
@@ -39,14 +39,13 @@ def test_a_resmlp_is_pretrained_resumed_bit_for_bit_and_evaluated(tmp_path, monk
 
 
 def test_the_rule_of_grids_is_written_down_though_it_was_not_given(tmp_path, capsys):
-    flags = [*FLAGS, "--epochs", 1]
-    assert train("digits", tmp_path, *flags) == 0
+    assert train("digits", tmp_path, *FLAGS) == 0
     assert result(tmp_path)["config"]["mlp_grid"] == "mix"
     assert "mlp_grid: mix\n" in (tmp_path / "config.yaml").read_text("utf-8")
     said = capsys.readouterr().out
     assert f"  dino-kit attention {tmp_path} --image_path IMAGE\n" in said
-    assert train("digits", tmp_path, *flags, "--mlp_grid", "mix") == 0  # finished, and the same
-    assert train("digits", tmp_path, *flags, "--mlp_grid", "resize") == 2
+    assert train("digits", tmp_path, *FLAGS, "--mlp_grid", "mix") == 0  # finished, and the same
+    assert train("digits", tmp_path, *FLAGS, "--mlp_grid", "resize") == 2
     assert "mlp_grid was mix and is now resize" in capsys.readouterr().err
 
 

@@ -14,7 +14,8 @@ import torch
 import dino_kit
 from dino_kit import files
 from dino_kit.backbones.build import create_backbone
-from dino_kit.config.architectures import VIT_SIZES
+from dino_kit.backbones.recognition import recognize
+from dino_kit.config.architectures import RESMLP_SIZES, VIT_SIZES
 from dino_kit.errors import UserError
 from dino_kit.weights import load, load_backbone
 
@@ -353,11 +354,10 @@ def test_a_resmlps_checkpoint_says_how_it_meets_other_grids(tmp_path, mlp_grid):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize(
-    "name, options", [("resmlp_s12", {}), ("resmlp_b24", {"patch_size": 8, "in_chans": 1})]
-)
-def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, name, options, prefix):
-    """They are bare tensors, with or without a classifier."""
+@pytest.mark.parametrize("options", [{}, {"patch_size": 8, "in_chans": 1}])
+def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, options, prefix):
+    """They are bare tensors, with a classifier beside."""
+    name = "resmlp_s12"
     backbone = create_backbone(name, **{"image_size": 32, "patch_size": 16, **options}).eval()
     state = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
     state[f"{prefix}head.weight"] = torch.zeros(1000, backbone.embed_dim)
@@ -369,6 +369,18 @@ def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, name, options, pr
     assert loaded.which is None and loaded.transform.image_size == 32
     for key, value in backbone.state_dict().items():
         assert torch.equal(loaded.backbone.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", [*VIT_SIZES, *RESMLP_SIZES])
+def test_every_named_architecture_is_known_by_its_tensors_alone(name):
+    with torch.device("meta"):
+        state = create_backbone(name, patch_size=8, image_size=16).state_dict()
+    given = dict.fromkeys(
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    )
+    assert recognize(state, {}, None, given, "it").name == name
+    with pytest.raises(UserError, match="--depth 5 contradicts it"):
+        recognize(state, {}, None, {**given, "depth": 5}, "it")
 
 
 def test_golden_resmlp_is_read_from_its_tensors(golden, tmp_path):
