@@ -129,10 +129,15 @@ def _overview(
 
 
 def _outline(draw: ImageDraw.ImageDraw, at: Place, grid: Place, size: tuple[int, int]) -> None:
-    """Black around the patch, and white around that, to be seen on any colour."""
+    """Black around the patch, and white around that, to be seen on any colour.
+
+    At an edge of the map the black lies within it.
+    """
     top, bottom = (round((at[0] + end) * size[0] / grid[0]) for end in (0, 1))
     left, right = (round((at[1] + end) * size[1] / grid[1]) for end in (0, 1))
     width = max(1, max(size) // 230)
     for colour, out in ((_INK, width), (_PAPER, 2 * width)):
-        box = (left - out, top - out, right - 1 + out, bottom - 1 + out)
+        box = [left - out, top - out, right - 1 + out, bottom - 1 + out]
+        if colour == _INK:
+            box = [max(0, box[0]), max(0, box[1]), min(size[1] - 1, box[2]), min(size[0] - 1, box[3])]
         draw.rectangle(box, outline=colour, width=width)

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from test_train import Stopped, assert_same_run, metrics, result, stop_after, train
+from test_train import Stopped, assert_same_run, metrics, result, stop_after, train, words
 
 import dino_kit
 from dino_kit import cli
+from dino_kit.assemble import assemble, untrained_backbone
 
 FLAGS = ["--arch", "resmlp", "--num_heads", "none", "--total_batch_size", 128,
          "--batch_size_per_gpu", 64, "--epochs", 1, "--warmup_epochs", 0]  # fmt: skip
@@ -47,6 +48,15 @@ def test_the_rule_of_grids_is_written_down_though_it_was_not_given(tmp_path, cap
     assert train("digits", tmp_path, *FLAGS, "--mlp_grid", "mix") == 0  # finished, and the same
     assert train("digits", tmp_path, *FLAGS, "--mlp_grid", "resize") == 2
     assert "mlp_grid was mix and is now resize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mlp_grid", ["mix", "resize"])
+def test_student_teacher_and_untrained_backbone_follow_the_rule(tmp_path, mlp_grid):
+    flags = [str(flag) for flag in words("digits", tmp_path, *FLAGS, "--mlp_grid", mlp_grid)]
+    run = assemble(cli.parse("train", flags[1:]))
+    backbones = [run.learner.student.backbone, run.learner.teacher.backbone]
+    for backbone in (*backbones, untrained_backbone(run.config)):
+        assert backbone.mlp_grid == mlp_grid and backbone.grid == (4, 4)
 
 
 def test_one_flag_too_many_is_a_sentence(tmp_path, capsys):
