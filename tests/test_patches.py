@@ -145,7 +145,7 @@ def test_the_patch_of_a_row_is_outlined_and_its_colour_stays_to_be_seen():
 @pytest.mark.parametrize("at", [(0, 0), (0, 3), (2, 0), (2, 3), (1, 0)])
 def test_at_an_edge_the_outline_is_whole_too(at):
     drawn = np.asarray(signed(np.ones((3, 4), "f4"), (60, 80), COLOURS, at)).astype(int)
-    black = np.argwhere((drawn.max(axis=-1) < 30))
+    black = np.argwhere(drawn.max(axis=-1) < 30)
     top, left = 20 * at[0], 20 * at[1]
     assert black[:, 0].min() == max(0, top - 1) and black[:, 0].max() == min(59, top + 20)
     assert black[:, 1].min() == max(0, left - 1) and black[:, 1].max() == min(79, left + 20)
