@@ -153,7 +153,7 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
     files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
-    config = with_total_batch(config, device)
+    config = with_total_batch(with_mlp_grid(config), device)
     source = open_training_source(config.data_path)
     saved = find_checkpoint(config, len(source), device)
     start = saved["step"] if saved else 0
@@ -193,6 +193,13 @@ class Prepare:
     def __call__(self, batch: Batch) -> MicroBatch:
         groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
         return MicroBatch([self.normalize(group) for group in groups], batch.places)
+
+
+def with_mlp_grid(config: TrainConfig) -> TrainConfig:
+    """``config`` with a ResMLP's rule for local crops written out: no tensor will show it."""
+    if architectures.family_of(config.arch) is not architectures.RESMLP:
+        return config
+    return replace(config, mlp_grid=config.mlp_grid or architectures.MLP_GRID)
 
 
 def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -283,7 +290,7 @@ def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Pr
 
 def backbone_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
-    names = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return {"patch_size": config.patch_size, "image_size": config.global_crops_size, **given}
 

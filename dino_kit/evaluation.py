@@ -34,6 +34,7 @@ def load_checkpoint(config: Checkpoint) -> Loaded:
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
+        mlp_grid=config.mlp_grid,
     )
     log.say(loaded.summary())
     return loaded

@@ -70,7 +70,7 @@ def sheet(
     panels: Sequence[tuple[str, str, Image.Image]],
     columns: int | None = None,
 ) -> Image.Image:
-    """Pictures of one size in a labelled grid, of as many columns as look well or are given.
+    """Pictures of one size in a labelled grid, of so many ``columns`` or of what looks best.
 
     A panel is (label, what stands at its right where there is room, picture). A title that is too
     long is cut, a subtitle goes on in the next line.
@@ -140,7 +140,7 @@ def save_attention(
         pictures[f"mask_th{keep}_{name}.png"] = masked(image, mask)
     overview = _overview(title, image, maps, colours)
     pictures = {"sheet.png": overview, **pictures}
-    written = [_save(folder / name, one) for name, one in pictures.items()]
+    written = [save(folder / name, one) for name, one in pictures.items()]
     with files.atomic_write(folder / "attention.npz") as file:
         np.savez_compressed(file, attention=attention, **(facts or {}))
     return [*written, folder / "attention.npz"]
@@ -150,10 +150,8 @@ def _overview(
     title: str, image: Image.Image, maps: Sequence[np.ndarray], colours: np.ndarray
 ) -> Image.Image:
     rows, columns = maps[0].shape
-    patch = max(1, round(_SIGHT / max(rows, columns)))
-    size = (rows * patch, columns * patch)
-    enlarged = size[0] > image.height
-    small = image.resize(size[::-1], Image.Resampling[("LANCZOS", "NEAREST")[enlarged]])
+    size = panel_size(maps[0].shape)
+    small = fitted(image, size)
     panels = [
         ("image", f"{image.height} × {image.width}", small),
         ("mean, on the image", "", overlay(small, maps[-1], colours)),
@@ -167,6 +165,18 @@ def _overview(
         "n×: the brightest gets n times the average."
     )
     return sheet(title, subtitle, panels)
+
+
+def panel_size(grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a sheet's picture of so many patches, each of whole pixels."""
+    patch = max(1, round(_SIGHT / max(grid)))
+    return grid[0] * patch, grid[1] * patch
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """``image`` at ``size`` (H, W); pixels of a small one stay squares."""
+    enlarged = size[0] > image.height
+    return image.resize(size[::-1], Image.Resampling[("LANCZOS", "NEAREST")[enlarged]])
 
 
 def _peak(attention: np.ndarray) -> str:
@@ -230,7 +240,7 @@ def _wrapped(text: str, room: int) -> list[str]:
     return lines
 
 
-def _save(path: Path, picture: Image.Image) -> Path:
+def save(path: Path, picture: Image.Image) -> Path:
     with files.atomic_write(path) as file:
         picture.save(file, format="PNG")
     return path

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dino_kit.backbones.build import BACKBONES, create_backbone
-from dino_kit.backbones.interface import Backbone, HasSelfAttention
+from dino_kit.backbones.interface import Backbone, HasSelfAttention, HasTokenMixing
 from dino_kit.config import architectures
 from dino_kit.errors import UserError
 
@@ -23,25 +23,89 @@ def test_published_numbers_of_parameters(name, millions):
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "millions", "scale"),
+    [
+        ("resmlp_s12", {}, 15, 0.1),
+        ("resmlp_s24", {}, 30, 1e-5),
+        ("resmlp_s36", {}, 45, 1e-6),
+        ("resmlp_b24", {}, 116, 1e-6),
+        ("resmlp_b24", {"patch_size": 8}, 129, 1e-6),
+    ],
+)
+def test_published_numbers_of_parameters_and_first_scales_of_resmlps(
+    name, options, millions, scale
+):
+    """Published with a classifier of 1,000 classes, in whole millions."""
+    with torch.device("meta"):
+        network = create_backbone(name, **options)
+    classifier = 1000 * (network.embed_dim + 1)
+    assert round((sum(p.numel() for p in network.parameters()) + classifier) / 1e6) == millions
+    narrow = create_backbone(name, embed_dim=8, image_size=32, **options)
+    assert narrow.blocks[-1].gamma_2.unique().item() == pytest.approx(scale)
+
+
 def test_the_table_builds_what_the_configuration_calls_buildable():
     assert set(BACKBONES) == set(architectures.BUILDABLE)
 
 
+def small(name: str, **options):
+    """The architecture of that name, two blocks deep, with weights that are not its first."""
+    heads = {} if "resmlp" in name else {"num_heads": 2}
+    sizes = {"embed_dim": 24, "depth": 2, "image_size": 32, "patch_size": 8, **heads}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = create_backbone(name, **{**sizes, **options})
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 16), (8, 8), (40, 64)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_keeps_the_interface(name):
-    small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
-    network = create_backbone(name, **small)
-    assert isinstance(network, Backbone) and isinstance(network, HasSelfAttention)
-    images = torch.randn(2, 3, 32, 16)
+def test_every_backbone_keeps_the_interface(name, size):
+    network = small(name)
+    assert isinstance(network, Backbone)
+    images = torch.randn(2, 3, *size)
+    grid = (size[0] // 8, size[1] // 8)
+    patches = grid[0] * grid[1]
     features = network.forward_features(images)
     assert network(images).shape == features.pooled.shape == (2, network.embed_dim)
-    assert features.grid == (4, 2) and features.patches.shape == (2, 8, 24)
-    tokens = network.num_prefix_tokens + 8
+    torch.testing.assert_close(network(images), features.pooled)
+    assert features.grid == grid and features.patches.shape == (2, patches, 24)
+    prefix = network.num_prefix_tokens
     layers = network.get_intermediate_layers(images, n=2)
-    assert [layer.shape for layer in layers] == 2 * [(2, tokens, network.embed_dim)]
-    assert network.get_last_selfattention(images).shape == (2, 2, tokens, tokens)
-    keep = torch.ones(len(network.drop_path_rates), 2, dtype=torch.bool)
-    torch.testing.assert_close(network(images, keep), network(images))
+    assert [layer.shape for layer in layers] == 2 * [(2, prefix + patches, network.embed_dim)]
+    torch.testing.assert_close(layers[-1][:, prefix:], features.patches)
+    if prefix:
+        torch.testing.assert_close(layers[-1][:, 0], features.pooled)
+    else:
+        torch.testing.assert_close(features.patches.mean(dim=1), features.pooled)
+    assert isinstance(network, HasSelfAttention | HasTokenMixing)
+    if isinstance(network, HasSelfAttention):
+        tokens = prefix + patches
+        assert network.get_last_selfattention(images).shape == (2, 2, tokens, tokens)
+    if isinstance(network, HasTokenMixing):
+        assert network.get_last_mixing(features.grid).shape == (patches, patches)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
+    network = small(name, drop_path_rate=0.5)
+    assert len(network.drop_path_rates) == 4 and network.drop_path_rates[-2:] == (0.5, 0.5)
+    images = torch.randn(3, 3, size, size)
+    keep = torch.ones(4, 3, dtype=torch.bool)
+    torch.testing.assert_close(small(name)(images, keep), small(name)(images))
+    keep[:, 1] = False  # the second image passes through no block
+    dropped = network(images, keep)
+    for block in network.blocks:
+        block.forward = lambda x, *arguments: x
+    torch.testing.assert_close(dropped[1], network(images)[1])
+    assert not torch.allclose(dropped[0], network(images)[0], atol=1e-3)
+    dropped.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_options_go_before_the_sizes_of_the_name():
@@ -64,6 +128,11 @@ def test_the_older_name_of_vit_small():
         ("vit", {}, "embed_dim, depth, num_heads missing"),
         ("vit", {"embed_dim": 24, "depth": 2}, "num_heads missing"),
         ("vit", {**SIZES, "image_size": 30}, "patch_size"),
+        ("vit", {**SIZES, "mlp_grid": "mix"}, "vit has no option 'mlp_grid'"),
+        ("resmlp_12", {}, "did you mean resmlp_s12"),
+        ("resmlp", {"embed_dim": 24}, "The sizes of resmlp are given one by one; depth missing"),
+        ("resmlp_s12", {"num_heads": 3}, "resmlp_s12 has no option 'num_heads'; it has image_size"),
+        ("resmlp_s12", {"init_scal": 3}, "did you mean init_scale"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name, options, said):

@@ -174,6 +174,8 @@ def test_values_that_do_not_fit_together_are_refused(values, sentence):
 def test_what_fits_together_is_accepted():
     assert train(local_crops_number=0, local_crops_size=95).local_crops_size == 95
     assert train(arch="vit", depth=2, embed_dim=96, num_heads=3).mlp_ratio is None
+    assert train(arch="resmlp", depth=2, embed_dim=25).mlp_grid is None
+    assert train(arch="resmlp_s24", mlp_grid="resize").mlp_grid == "resize"
     assert train(patch_size=8, global_crops_size=232).global_crops_size == 232
 
 
@@ -243,7 +245,8 @@ def numbers(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
 def configurations(draw) -> TrainConfig:
     """Any valid settings: each field anything that it takes, but where fields hang together."""
     values = {}
-    together = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "device")
+    together = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
+                "device")  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         if field.name in together or field.name.endswith(("crops_size", "_scale", "_ratio")):
             continue
@@ -272,7 +275,10 @@ def configurations(draw) -> TrainConfig:
     values["local_crops_size"] = values["patch_size"] * draw(st.integers(1, 20))
     values["device"] = draw(st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps"]))
     heads = draw(st.integers(1, 12))
-    values |= {"arch": "vit", "num_heads": heads, "embed_dim": heads * 8, "depth": 2}
+    values |= {"embed_dim": heads * 8, "depth": 2} | draw(
+        st.just({"arch": "vit", "num_heads": heads})
+        | st.builds(dict, arch=st.just("resmlp"), mlp_grid=st.sampled_from([None, "mix", "resize"]))
+    )
     return fields.create(TrainConfig, values)
 
 

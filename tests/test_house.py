@@ -34,6 +34,7 @@ FLOORS = {
     "dino_kit.training": 2,
     "dino_kit.search": 2,
     "dino_kit.figures": 2,
+    "dino_kit.patch_figures": 3,
     "dino_kit.attention_page": 2,
     "dino_kit.backbones.build": 3,
     "dino_kit.student_teacher": 3,

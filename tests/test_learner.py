@@ -19,15 +19,25 @@ from dino_kit.training.precision import LossScale
 IMAGES, PROTOTYPES = 16, 32
 
 
-def learner(centering="center", optimizer="adamw", drop_path_rate=0.3, use_bn=False, **options):
+ARCHITECTURES = {
+    "vit": {"num_heads": 2},
+    "resmlp": {},
+    "resmlp, resized": {"mlp_grid": "resize"},
+}
+
+
+def learner(
+    centering="center", optimizer="adamw", drop_path_rate=0.3, use_bn=False, arch="vit", **options
+):
     torch.manual_seed(0)
-    sizes = {"patch_size": 4, "image_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2}
-    backbone = create_backbone("vit", drop_path_rate=drop_path_rate, **sizes)
+    sizes = {"patch_size": 4, "image_size": 16, "embed_dim": 24, "depth": 3, **ARCHITECTURES[arch]}
+    arch = arch.partition(",")[0]
+    backbone = create_backbone(arch, drop_path_rate=drop_path_rate, **sizes)
     head = {"use_bn": use_bn, "hidden_dim": 32, "bottleneck_dim": 16}
     student, teacher = build_student_teacher(
         backbone,
         DINOHead(24, PROTOTYPES, norm_last_layer=False, **head),
-        create_backbone("vit", **sizes),
+        create_backbone(arch, **sizes),
         DINOHead(24, PROTOTYPES, **head),
     )
     plan = plan_epochs(
@@ -86,10 +96,13 @@ def assert_close(name: str, one: torch.Tensor, other: torch.Tensor, width: int =
     assert (one - other).norm() <= 1e-4 * other.norm() + 1e-12, name
 
 
-@pytest.mark.parametrize("centering", ["center", "sinkhorn"])
+@pytest.mark.parametrize(
+    "arch, centering",
+    [("vit", "center"), ("vit", "sinkhorn"), ("resmlp", "center"), ("resmlp, resized", "center")],
+)
 @pytest.mark.parametrize("sizes", [[8, 8], [6, 5, 5], [1] * IMAGES])
-def test_accumulation_is_the_same_run(centering, sizes):
-    whole, parts = learner(centering), learner(centering)
+def test_accumulation_is_the_same_run(arch, centering, sizes):
+    whole, parts = learner(centering, arch=arch), learner(centering, arch=arch)
     for step in range(6):
         a = whole.step(step, [batch(step)])
         b = parts.step(step, split(batch(step), sizes))
@@ -101,6 +114,16 @@ def test_accumulation_is_the_same_run(centering, sizes):
     torch.testing.assert_close(
         whole.state_dict()["dino_loss"]["center"], parts.state_dict()["dino_loss"]["center"]
     )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_step_on_two_crop_sizes_moves_every_parameter_of_the_backbone(arch):
+    one = learner(arch=arch, drop_path_rate=0.0)
+    before = {name: p.clone() for name, p in one.student.backbone.named_parameters()}
+    for step in range(2):  # the rate is zero in the first
+        assert one.step(step, [batch(step)]).committed
+    for name, parameter in one.student.backbone.named_parameters():
+        assert (parameter != before[name]).any(), name
 
 
 def test_stochastic_depth_is_on_and_depends_on_the_step_alone():

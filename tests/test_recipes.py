@@ -73,6 +73,13 @@ def test_the_numbers_of_published_runs(name):
     assert f"Expect: k-NN {knn} %, linear {linear} %" in heading(name)
 
 
+@pytest.mark.parametrize("name, knn", [("resmlp_s12", 62.6), ("resmlp_s24", 69.4)])
+def test_a_resmlps_number_is_said_to_be_that_of_the_published_weights(name, knn):
+    text = heading(name)
+    assert f"not measured here. The published weights, pretrained by DINO, have k-NN {knn} %" in text
+    assert "No code and no settings of their training were published" in text
+
+
 def test_published_settings():
     """The README's two commands, and the arguments published with the four models."""
     read = {name: recipe.read(TrainConfig, name) for name in PUBLISHED}

@@ -14,7 +14,8 @@ import torch
 import dino_kit
 from dino_kit import files
 from dino_kit.backbones.build import create_backbone
-from dino_kit.config.architectures import VIT_SIZES
+from dino_kit.backbones.recognition import recognize
+from dino_kit.config.architectures import RESMLP_SIZES, VIT_SIZES
 from dino_kit.errors import UserError
 from dino_kit.weights import load, load_backbone
 
@@ -321,3 +322,130 @@ def test_the_package_offers_the_two_ways_in_and_imports_torch_only_for_them(tmp_
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+RESMLP = {"patch_size": 4, "embed_dim": 24, "depth": 2, "mlp_ratio": 2.5}
+
+
+def build_resmlp(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return create_backbone("resmlp", **{"image_size": 16, **RESMLP, **changes}).eval()
+
+
+def resmlp_checkpoint(path, backbone=None, **settings):
+    backbone = backbone or build_resmlp()
+    config = {"arch": "resmlp", "global_crops_size": 16, "mlp_grid": "mix", **RESMLP, **settings}
+    torch.save({"teacher": prefixed(backbone, ""), "config": config}, path)
+    return backbone
+
+
+@pytest.mark.parametrize("mlp_grid", ["mix", "resize"])
+def test_a_resmlps_checkpoint_says_how_it_meets_other_grids(tmp_path, mlp_grid):
+    backbone = build_resmlp(mlp_grid=mlp_grid)
+    resmlp_checkpoint(tmp_path / "checkpoint.pth", backbone, mlp_grid=mlp_grid)
+    loaded = load(tmp_path)
+    assert same(loaded.backbone, backbone) and same(loaded.backbone, backbone, 24)
+    assert loaded.matched == len(backbone.state_dict())
+    assert loaded.architecture == {
+        "name": "resmlp", "image_size": 16, "in_chans": 3, "mlp_grid": mlp_grid, **RESMLP,
+    }  # fmt: skip
+    assert load(tmp_path, arch="resmlp", mlp_grid=mlp_grid, **RESMLP).architecture["depth"] == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("options", [{}, {"patch_size": 8, "in_chans": 1}])
+def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, options, prefix):
+    """They are bare tensors, with a classifier beside."""
+    name = "resmlp_s12"
+    backbone = create_backbone(name, **{"image_size": 32, "patch_size": 16, **options}).eval()
+    state = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
+    state[f"{prefix}head.weight"] = torch.zeros(1000, backbone.embed_dim)
+    state[f"{prefix}head.bias"] = torch.zeros(1000)
+    torch.save(state, tmp_path / "bare.pth")
+    loaded = load(tmp_path / "bare.pth")
+    assert loaded.architecture["name"] == name and loaded.backbone.mlp_grid == "mix"
+    assert loaded.architecture["patch_size"] == options.get("patch_size", 16)
+    assert loaded.which is None and loaded.transform.image_size == 32
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(loaded.backbone.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", [*VIT_SIZES, *RESMLP_SIZES])
+def test_every_named_architecture_is_known_by_its_tensors_alone(name):
+    with torch.device("meta"):
+        state = create_backbone(name, patch_size=8, image_size=16).state_dict()
+    given = dict.fromkeys(
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    )
+    assert recognize(state, {}, None, given, "it").name == name
+    with pytest.raises(UserError, match="--depth 5 contradicts it"):
+        recognize(state, {}, None, {**given, "depth": 5}, "it")
+
+
+def test_golden_resmlp_is_read_from_its_tensors(golden, tmp_path):
+    arrays = golden("resmlp")
+    state = {
+        name.removeprefix("state/"): torch.from_numpy(value)
+        for name, value in arrays.items()
+        if name.startswith("state/")
+    }
+    torch.save(state, tmp_path / "bare.pth")
+    images, expected = (torch.from_numpy(arrays[name]) for name in ("images", "pooled"))
+    with torch.inference_mode():
+        pooled = load_backbone(tmp_path / "bare.pth")(images)
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"patch_size": 8}, "--patch_size 8 contradicts .* patch_size 4"),
+        ({"mlp_ratio": 4.0}, r"--mlp_ratio 4.0 contradicts .* mlp_ratio 2\.5"),
+        ({"num_heads": 3}, "--num_heads 3 contradicts .*, which is a ResMLP and has no use for it"),
+        ({"mlp_grid": "resize"}, "--mlp_grid resize contradicts .*, which says mlp_grid mix"),
+        ({"arch": "resmlp_s12"}, "--arch resmlp_s12 contradicts .* says that it is resmlp"),
+        ({"arch": "vit"}, "--arch vit contradicts .* says that it is resmlp"),
+    ],
+)
+def test_a_flag_that_contradicts_a_resmlp_is_refused(tmp_path, flags, message):
+    resmlp_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, **flags)
+
+
+@pytest.mark.parametrize("saved, arch", [(build, "resmlp_s12"), (build_resmlp, "vit_small")])
+def test_an_architecture_of_another_family_than_the_tensors_is_refused(tmp_path, saved, arch):
+    torch.save(saved().state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=f"--arch {arch} contradicts .* tensors are those of a"):
+        load(tmp_path / "bare.pth", arch=arch, num_heads=2)
+    content = {"teacher": prefixed(saved(), ""), "config": {"arch": arch}}
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"contradicts itself: it says that it is {arch}, and its"):
+        load(tmp_path / "x.pth")
+
+
+def test_a_vit_has_no_use_for_a_rule_of_grids(tmp_path):
+    own_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="--mlp_grid mix .* is a vision transformer and has no use"):
+        load(tmp_path, mlp_grid="mix")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("norm.alpha"), r"lacks norm\.alpha\.$"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"has extra besides\.$"),
+        (lambda s: s.update({"norm.beta": torch.zeros(5)}), r"norm.beta is \(5,\)"),
+        (lambda s: s.update({"blocks.0.attn.weight": torch.zeros(12, 12)}), "has 12 patches in its"),
+        (lambda s: s.update({"blocks.0.attn.weight": 3}), "is no ResMLP of a known layout"),
+        (lambda s: s.pop("patch_embed.proj.weight"), "is no ResMLP .* no tensor patch_embed.proj"),
+        (lambda s: s.pop("blocks.0.attn.weight"), "no vision transformer and no ResMLP of a known"),
+    ],
+)
+def test_loading_a_resmlp_is_strict(tmp_path, change, message):
+    state = dict(build_resmlp().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "bare.pth")

@@ -43,3 +43,14 @@ class HasSelfAttention(Protocol):
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
         """The last block's attention after the softmax, ``(B, heads, P+N, P+N)``."""
+
+
+@runtime_checkable
+class HasTokenMixing(Protocol):
+    """A backbone that mixes its patches by matrices of weights, the same for every image."""
+
+    def get_last_mixing(self, grid: tuple[int, int]) -> Tensor:
+        """The last block's matrix for patches of a ``grid``, ``(N, N)``, signed.
+
+        Row i says what each patch adds to patch i. ``grid`` is one of :class:`Features`.
+        """

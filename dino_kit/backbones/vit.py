@@ -14,6 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_kit.backbones.interface import Features
+from dino_kit.backbones.layers import (
+    Mlp,
+    PatchEmbed,
+    check_sizes,
+    init_linear_layers,
+    patch_grid,
+)
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
 from dino_kit.errors import UserError
 
@@ -55,7 +62,8 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        _check_sizes(
+        check_sizes(
+            drop_path_rate,
             image_size=image_size,
             patch_size=patch_size,
             in_chans=in_chans,
@@ -63,10 +71,10 @@ class VisionTransformer(nn.Module):
             depth=depth,
             num_heads=num_heads,
         )
-        if not 0.0 <= drop_path_rate < 1.0:
+        if embed_dim % num_heads:
             raise UserError(
-                f"drop_path_rate is {drop_path_rate}; a rate of stochastic depth is at least 0 "
-                "and below 1."
+                f"embed_dim {embed_dim} cannot be shared out among {num_heads} heads; it is a "
+                "multiple of num_heads."
             )
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
@@ -84,11 +92,7 @@ class VisionTransformer(nn.Module):
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """The normalised class tokens, ``(B, D)``.
@@ -149,37 +153,7 @@ class VisionTransformer(nn.Module):
         return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
-        """Patches down and across.
-
-        Raises:
-            UserError: the images have another number of channels, or sides that are no multiples
-                of the patch size.
-        """
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise UserError(
-                f"The backbone takes images of shape (batch, {self.in_chans}, height, width), and "
-                f"got {tuple(images.shape)}; in_chans sets the number of channels."
-            )
-        height, width = images.shape[2:]
-        p = self.patch_size
-        if min(height, width) < p or height % p or width % p:
-            nearest = [max(p, p * round(side / p)) for side in (height, width)]
-            raise UserError(
-                f"An image of {height} × {width} pixels cannot be cut into patches of {p} × {p}; "
-                f"resize or crop it to multiples of {p}, such as {nearest[0]} × {nearest[1]}."
-            )
-        return height // p, width // p
-
-
-class PatchEmbed(nn.Module):
-    """One linear map of every patch: images ``(B, C, H, W)`` to ``(B, N, D)``."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return patch_grid(images, self.in_chans, self.patch_size)
 
 
 class Block(nn.Module):
@@ -224,33 +198,3 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         x = x.reshape(batch, tokens, parts, self.num_heads, width // parts // self.num_heads)
         return x.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it is a whole number from 1.")
-    if sizes["embed_dim"] % sizes["num_heads"]:
-        raise UserError(
-            f"embed_dim {sizes['embed_dim']} cannot be shared out among {sizes['num_heads']} "
-            "heads; it is a multiple of num_heads."
-        )
-    image, patch = sizes["image_size"], sizes["patch_size"]
-    if image % patch:
-        raise UserError(
-            f"image_size {image} is not a multiple of patch_size {patch}; the nearest that is: "
-            f"{max(patch, patch * round(image / patch))}."
-        )

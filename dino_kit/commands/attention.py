@@ -1,4 +1,7 @@
-"""``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page."""
+"""``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page.
+
+Of a network that has no attention, its token mixing and how like the whole its patches are.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import nn
+
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
 from dino_kit.data.sources import FolderSource, read_file
 from dino_kit.errors import UserError
+from dino_kit.evaluators import patches
 from dino_kit.evaluators.attention import default_size
 from dino_kit.evaluators.gallery import Page, Picture, show
 from dino_kit.weights import Loaded
 
 _PAGE, _RECORD = "attention.html", "attention.json"
+# Kinds of maps, by what a network without them lacks, and what they are.
+_KINDS = {
+    "attention": ("self-attention", "attention maps"),
+    "mixing": ("token mixing by a matrix", "rows of its last token mixing"),
+    "similarity": ("", "the similarity of each patch to the pooled feature"),
+}
 
 
 def run(config: AttentionConfig) -> None:
@@ -32,12 +44,16 @@ def run(config: AttentionConfig) -> None:
     images = _find(config.image_path)
     device = distributed.choose_device(config.device)
     loaded = evaluation.load_checkpoint(config)
-    transform, patch_size = loaded.transform, loaded.backbone.patch_size
-    image_size = config.image_size or default_size(transform.image_size, patch_size)
+    backbone, transform = loaded.backbone.to(device), loaded.transform
+    kinds = _kinds(config, backbone)
+    image_size = config.image_size or default_size(
+        transform.image_size, backbone.patch_size, mixing="mixing" in patches.available(backbone)
+    )
     target = _target(config, loaded)
     page = Page(target / _PAGE, len(images), _origin(loaded, config)) if config.html else None
     sheets: list[Path] = []
-    with log.progress(len(images), "attention") as advance:
+    on_page = 0
+    with log.progress(len(images), kinds[0] if len(kinds) == 1 else "maps") as advance:
 
         def done(sheet: Path) -> None:
             sheets.append(sheet)
@@ -49,21 +65,23 @@ def run(config: AttentionConfig) -> None:
             log.notice(f"{error} It is left out.")
             advance(1)
 
-        on_page = show(
-            loaded.backbone.to(device),
-            _pictures(images, target, leave_out),
-            image_size=image_size,
-            mean=transform.mean,
-            std=transform.std,
-            threshold=config.threshold,
-            page=page,
-            advance=done,
-            refuse=lambda picture, error: leave_out(UserError(f"{picture.title}: {error}")),
-        )
+        pictures = _pictures(images, target, leave_out)
+        options = {
+            "image_size": image_size,
+            "mean": transform.mean,
+            "std": transform.std,
+            "advance": done,
+            "refuse": lambda picture, error: leave_out(UserError(f"{picture.title}: {error}")),
+        }
+        if kinds == ("attention",):
+            on_page = show(backbone, pictures, threshold=config.threshold, page=page, **options)
+        else:
+            patches.show(backbone, pictures, kinds, **options)
     if not sheets:
         raise UserError(f"None of the {len(images):,} images can be shown.")
     record = {
         "images": [sheet.parent.relative_to(target).as_posix() for sheet in sheets],
+        "maps": list(kinds),
         "image_size": list(image_size),
         "interpolation": "bilinear",
         "mean": list(transform.mean),
@@ -81,6 +99,30 @@ def run(config: AttentionConfig) -> None:
     if config.html:
         some = f" (it has the first {on_page:,} images)" if on_page < len(sheets) else ""
         log.say(f"open in a browser: {target / _PAGE}{some}")
+
+
+def _kinds(config: AttentionConfig, backbone: nn.Module) -> tuple[str, ...]:
+    """The kinds of maps to show: the one asked for; else attention, or all that there are."""
+    there = patches.available(backbone)
+    kinds = (config.maps,) if config.maps else ("attention",) if "attention" in there else there
+    name, lacks = type(backbone).__name__, "attention" not in there
+    for kind in kinds:
+        if kind not in there:
+            raise UserError(
+                f"{name} has no {_KINDS[kind][0]}, so --maps {kind} has nothing to show; it takes "
+                f"{' or '.join(there)} here."
+            )
+    for flag in ("html", "threshold"):
+        if "attention" not in kinds and getattr(config, flag):
+            why = f"{name} has no self-attention" if lacks else f"--maps is {config.maps}"
+            raise UserError(f"--{flag} is for attention maps, and {why}; leave it out.")
+    if lacks and not config.maps:
+        instead = " and ".join(_KINDS[kind][1] for kind in kinds)
+        log.notice(
+            f"{name} has no self-attention, so there are no attention maps; shown instead: "
+            f"{instead}."
+        )
+    return kinds
 
 
 def _find(image_path: str) -> dict[str, str]:

@@ -38,7 +38,8 @@ def _train(config: TrainConfig) -> None:
     else:
         log.say(f"done: {_newest(config)}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
-    log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")
+    page = "" if architectures.family_of(config.arch) is architectures.RESMLP else " --html"
+    log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE{page}")
 
 
 def _newest(config: TrainConfig) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
@@ -13,6 +15,18 @@ VIT_SIZES = {
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 FREE_VIT = "vit"  # sizes are given one by one
+# Width and blocks (Touvron et al. 2021, "ResMLP").
+RESMLP_SIZES = {
+    "resmlp_s12": {"embed_dim": 384, "depth": 12},
+    "resmlp_s24": {"embed_dim": 384, "depth": 24},
+    "resmlp_s36": {"embed_dim": 384, "depth": 36},
+    "resmlp_b24": {"embed_dim": 768, "depth": 24},
+}
+FREE_RESMLP = "resmlp"
+# How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
+# mixing over, or resizes the image. The first is what it does where nothing else is said.
+MLP_GRIDS = ("mix", "resize")
+MLP_GRID = MLP_GRIDS[0]
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
 # fmt: off
@@ -42,11 +56,29 @@ _XCIT = [
 ]
 # Known to recipes, so that the reference's command lines are understood, but not built here.
 KNOWN = dict.fromkeys(_TORCHVISION, "torchvision") | dict.fromkeys(_XCIT, "XCiT")
-BUILDABLE = (*VIT_SIZES, FREE_VIT)
 
 
-def is_vit(name: str) -> bool:
-    return name in BUILDABLE
+class Family(NamedTuple):
+    """Architectures of one kind that are built here."""
+
+    title: str  # what a sentence calls one of them
+    free: str  # the name whose sizes are given one by one
+    sizes: dict[str, dict[str, int]]  # of the other names
+    needed: tuple[str, ...]  # the sizes that the free name must be given
+    settings: tuple[str, ...] = ()  # what every name may be given, and not every family
+
+
+VIT = Family("a vision transformer", FREE_VIT, VIT_SIZES, ("embed_dim", "depth", "num_heads"))
+RESMLP = Family(
+    "a ResMLP", FREE_RESMLP, RESMLP_SIZES, ("embed_dim", "depth"), settings=("mlp_grid",)
+)
+FAMILIES = (VIT, RESMLP)
+BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
+
+
+def family_of(name: str) -> Family | None:
+    """The family of a canonical name; None for what nothing here builds."""
+    return next((f for f in FAMILIES if name in (*f.sizes, f.free)), None)
 
 
 def canonical(name: str) -> str:

@@ -40,6 +40,10 @@ class Checkpoint:
         None, "Width of the MLP over that of the tokens, likewise.", above=0,
         nothing="the checkpoint's",
     )
+    mlp_grid: Literal["mix", "resize"] | None = option(
+        None, "How a ResMLP sees images of another size than it was trained at, likewise.",
+        nothing="the checkpoint's",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
     output_dir: str | None = option(
         None, "Folder to write to.", nothing="beside the checkpoint"
@@ -186,11 +190,17 @@ class Picture:
     """Picture"""
 
     image_path: str = option(REQUIRED, "An image, or a folder of images.")
+    maps: Literal["attention", "mixing", "similarity"] | None = option(
+        None,
+        "What to show: attention of the class token; mixing, rows of the matrix by which a ResMLP "
+        "mixes its patches; or similarity of each patch to the pooled feature.",
+        nothing="attention; of a network that has none, all that it has",
+    )
     image_size: tuple[int, ...] | None = option(
         None, "Height and width to resize to; one number is the length of the shorter side.",
         low=1,
         nothing="480 480 for a network trained at 224 pixels, and in proportion for others; the "
-        "size it was trained at, where that is 64 pixels or fewer",
+        "size it was trained at, where that is 64 pixels or fewer, and for a ResMLP",
     )
     threshold: float | None = option(
         None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",

@@ -51,49 +51,72 @@ class Backbone:
 
     arch: str = option(
         "vit_small",
-        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, or vit with the sizes "
-        "given below. deit_tiny and deit_small are other names of vit_tiny and vit_small.",
+        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
+        "resmlp_s24, resmlp_s36, resmlp_b24, or vit or resmlp with the sizes given below. "
+        "deit_tiny and deit_small are other names of vit_tiny and vit_small.",
         then=architectures.canonical,
     )
     patch_size: int = option(
         16, "Side of a patch in pixels. Smaller ones give better features and cost more.", low=1
     )
-    embed_dim: int | None = option(None, "Width of --arch vit.", low=1, nothing="by --arch")
+    embed_dim: int | None = option(
+        None, "Width of --arch vit or resmlp.", low=1, nothing="by --arch"
+    )
     depth: int | None = option(
-        None, "Number of blocks of --arch vit.", low=1, nothing="by --arch"
+        None, "Number of blocks of --arch vit or resmlp.", low=1, nothing="by --arch"
     )
     num_heads: int | None = option(
         None, "Attention heads of --arch vit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit.", above=0, high=100, nothing="4"
+        None, "Width of the MLP over that of --arch vit or resmlp.", above=0, high=100, nothing="4"
+    )
+    mlp_grid: Literal["mix", "resize"] | None = option(
+        None,
+        "How a ResMLP, made for the grid of patches of the global crops, sees local crops: mix "
+        "carries its mixing of patches over to their grid, resize enlarges them to the global "
+        "size, which costs more.",
+        nothing=architectures.MLP_GRID,
     )
     drop_path_rate: float = option(
-        0.1, "Stochastic depth of the student: rate of the last block.", low=0, below=1
+        0.1,
+        "Stochastic depth of the student: rate of the last block of a ViT, of each block of a "
+        "ResMLP.",
+        low=0, below=1,
     )
 
     def check(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("embed_dim", "depth", "num_heads")}
-        if self.arch == architectures.FREE_VIT:
-            absent = [f"--{name}" for name, value in sizes.items() if value is None]
-            if absent:
-                raise UserError(f"--arch vit needs its sizes: {', '.join(absent)} missing.")
-            if self.embed_dim % self.num_heads:
-                raise UserError(
-                    f"--embed_dim {self.embed_dim} is not a multiple of --num_heads "
-                    f"{self.num_heads}."
-                )
-            if self.mlp_ratio is not None and int(self.embed_dim * self.mlp_ratio) < 1:
-                raise UserError(
-                    f"--mlp_ratio {self.mlp_ratio} of --embed_dim {self.embed_dim} leaves the MLP "
-                    "no width."
-                )
-            return
-        given = [f"--{name}" for name in (*sizes, "mlp_ratio") if getattr(self, name) is not None]
-        if given:
+        family = architectures.family_of(self.arch) or architectures.VIT
+        sizes = (*family.needed, "mlp_ratio")
+        every = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+        given = [name for name in every if getattr(self, name) is not None]
+        useless = [f"--{name}" for name in given if name not in (*sizes, *family.settings)]
+        if useless:
             raise UserError(
-                f"--arch {self.arch} has sizes of its own, so {', '.join(given)} cannot be given; "
-                "use --arch vit to choose them."
+                f"--arch {self.arch} has no use for {' and '.join(useless)}; leave "
+                f"{'it' if len(useless) == 1 else 'them'} out."
+            )
+        if self.arch == family.free:
+            self._check_free_sizes(family)
+        elif any(name in sizes for name in given):
+            flags = ", ".join(f"--{name}" for name in given if name in sizes)
+            raise UserError(
+                f"--arch {self.arch} has sizes of its own, so {flags} cannot be given; use --arch "
+                f"{family.free} to choose them."
+            )
+
+    def _check_free_sizes(self, family: architectures.Family) -> None:
+        absent = [f"--{name}" for name in family.needed if getattr(self, name) is None]
+        if absent:
+            raise UserError(f"--arch {self.arch} needs its sizes: {', '.join(absent)} missing.")
+        if self.num_heads is not None and self.embed_dim % self.num_heads:
+            raise UserError(
+                f"--embed_dim {self.embed_dim} is not a multiple of --num_heads {self.num_heads}."
+            )
+        if self.mlp_ratio is not None and int(self.embed_dim * self.mlp_ratio) < 1:
+            raise UserError(
+                f"--mlp_ratio {self.mlp_ratio} of --embed_dim {self.embed_dim} leaves the MLP no "
+                "width."
             )
 
 
@@ -331,7 +354,7 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Run, Data, Crops, Optimisation, Objective, Head, Backbone, Checked):
     def check(self) -> None:
-        if not architectures.is_vit(self.arch):
+        if architectures.family_of(self.arch) is None:
             return
         sizes = [("global_crops_size", self.global_crops_size)]
         if self.local_crops_number:

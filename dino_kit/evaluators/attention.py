@@ -10,7 +10,8 @@ T = P+N.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,13 +27,16 @@ from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 _MOST_PATCHES = 1 << 14
 
 
-def default_size(training_size: int, patch_size: int) -> tuple[int, int]:
+def default_size(
+    training_size: int, patch_size: int, mixing: bool = False
+) -> tuple[int, int]:
     """Height and width at which to look: 480 after training at 224, as the reference has it.
 
     At other sizes it is in that proportion, in whole patches; small images, of 64 pixels and
-    fewer, are looked at as they were trained on.
+    fewer, are looked at as they were trained on, and so are all by a network whose token
+    ``mixing`` is made for one size.
     """
-    if training_size <= 64:
+    if training_size <= 64 or mixing:
         return training_size, training_size
     side = patch_size * max(1, round(training_size * 480 / 224 / patch_size))
     return side, side
@@ -155,16 +159,27 @@ def _grid(backbone: nn.Module, image: Tensor) -> tuple[int, int]:
 
 def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
     require_attention(backbone)
+    with looking(backbone, image):
+        return backbone.get_last_selfattention(image[None])[0]
+
+
+@contextmanager
+def looking(backbone: nn.Module, image: Tensor) -> Iterator[None]:
+    """Within: the backbone at work without learning on an image ``(C, H, W)``.
+
+    Raises:
+        UserError: the image has too many patches to show, or they do not fit into memory.
+    """
     rows, columns = image.shape[1:]
     _require_few(rows, columns, backbone.patch_size)
     try:
         with frozen(backbone, image.device):
-            return backbone.get_last_selfattention(image[None])[0]
+            yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error):
             raise UserError(
-                f"{_count(rows, columns, backbone.patch_size)}, whose attention maps do not fit "
-                "into memory; give a smaller --image_size."
+                f"{_count(rows, columns, backbone.patch_size)}, whose maps do not fit into memory; "
+                "give a smaller --image_size."
             ) from error
         raise
 
@@ -183,8 +198,8 @@ def _require_patches(rows: int, columns: int, image_size: Sequence[int], patch_s
 def _require_few(rows: int, columns: int, patch_size: int) -> None:
     if (rows // patch_size) * (columns // patch_size) > _MOST_PATCHES:
         raise UserError(
-            f"{_count(rows, columns, patch_size)}, and attention is shown among "
-            f"{_MOST_PATCHES:,} at most; give a smaller --image_size."
+            f"{_count(rows, columns, patch_size)}, and maps are shown of {_MOST_PATCHES:,} at "
+            "most; give a smaller --image_size."
         )
 
 

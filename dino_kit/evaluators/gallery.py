@@ -27,7 +27,7 @@ class Picture(NamedTuple):
     image: Image.Image  # RGB, of any size
 
 
-def _raise(picture: Picture, error: UserError) -> None:
+def stop(picture: Picture, error: UserError) -> None:
     raise error
 
 
@@ -50,7 +50,7 @@ def show(
     page: Page | None = None,
     facts: Mapping[str, object] | None = None,
     advance: Callable[[Path], object] = lambda sheet: None,
-    refuse: Callable[[Picture, UserError], object] = _raise,
+    refuse: Callable[[Picture, UserError], object] = stop,
 ) -> int:
     """Write for each picture what :func:`~dino_kit.figures.save_attention` lists, and the page.
 

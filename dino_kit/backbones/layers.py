@@ -1,0 +1,85 @@
+"""What backbones of patches have in common: layers, first weights, and which sizes fit.
+
+Legend: B batch, C channels, H and W pixels, N patches, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dino_kit.errors import UserError
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of every patch: images ``(B, C, H, W)`` to ``(B, N, D)``."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def init_linear_layers(network: nn.Module) -> None:
+    """First weights of all linear layers: truncated normal of deviation 0.02, biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def patch_grid(images: Tensor, in_chans: int, patch_size: int) -> tuple[int, int]:
+    """Patches down and across of images ``(B, C, H, W)``.
+
+    Raises:
+        UserError: the images have another number of channels, or sides that are no multiples of
+            the patch size.
+    """
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise UserError(
+            f"The backbone takes images of shape (batch, {in_chans}, height, width), and got "
+            f"{tuple(images.shape)}; in_chans sets the number of channels."
+        )
+    height, width = images.shape[2:]
+    p = patch_size
+    if min(height, width) < p or height % p or width % p:
+        nearest = [max(p, p * round(side / p)) for side in (height, width)]
+        raise UserError(
+            f"An image of {height} × {width} pixels cannot be cut into patches of {p} × {p}; "
+            f"resize or crop it to multiples of {p}, such as {nearest[0]} × {nearest[1]}."
+        )
+    return height // p, width // p
+
+
+def check_sizes(drop_path_rate: float, **sizes: int) -> None:
+    """Raises :class:`UserError` for sizes, ``image_size`` and ``patch_size`` among them, that do
+    not fit, or a rate of stochastic depth that is none."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it is a whole number from 1.")
+    image, patch = sizes["image_size"], sizes["patch_size"]
+    if image % patch:
+        raise UserError(
+            f"image_size {image} is not a multiple of patch_size {patch}; the nearest that is: "
+            f"{max(patch, patch * round(image / patch))}."
+        )
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise UserError(
+            f"drop_path_rate is {drop_path_rate}; a rate of stochastic depth is at least 0 and "
+            "below 1."
+        )

@@ -1,0 +1,134 @@
+"""What there is to see of patches without attention: their similarity to the whole, their mixing.
+
+Legend: C channels, H and W pixels, N = h·w patches, R rows of the mixing that are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_kit import patch_figures
+from dino_kit.backbones.interface import Features, HasSelfAttention, HasTokenMixing
+from dino_kit.errors import UserError
+from dino_kit.evaluators import attention
+from dino_kit.evaluators.gallery import Picture, stop
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD
+
+_ALONG_A_SIDE = 3  # rows of the mixing are shown for so many patches down and across
+
+
+def available(backbone: nn.Module) -> tuple[str, ...]:
+    """The kinds of maps that ``backbone`` has, what it tells most by first."""
+    has = {
+        "attention": isinstance(backbone, HasSelfAttention),
+        "mixing": isinstance(backbone, HasTokenMixing),
+        "similarity": True,
+    }
+    return tuple(kind for kind, there in has.items() if there)
+
+
+def look(backbone: nn.Module, image: Tensor) -> Features:
+    """A backbone's features of one image.
+
+    Args:
+        backbone: any; it runs in eval mode and float32.
+        image: ``(C, H, W)``, normalised, on the backbone's device.
+
+    Raises:
+        UserError: an image that does not fit the backbone, or of too many patches.
+    """
+    with attention.looking(backbone, image):
+        return backbone.forward_features(image[None])
+
+
+def similarity_map(features: Features) -> Tensor:
+    """How like the pooled feature of an image each of its patches is: their cosine, from -1 to 1.
+
+    Both are normalised as the backbone gives them out. Returns ``(h, w)`` float32, on the CPU.
+    """
+    patches, pooled = features.patches[0].float(), features.pooled.float()  # (N, D), (1, D)
+    return F.cosine_similarity(patches, pooled, dim=1).cpu().unflatten(0, features.grid)
+
+
+class Mixing(NamedTuple):
+    """Rows of the last block's token mixing."""
+
+    places: list[tuple[int, int]]  # R patches, down and across from 0
+    rows: Tensor  # (R, h, w), float32, signed, on the CPU: what each patch adds to that one
+
+
+@torch.no_grad()
+def mixing_rows(backbone: nn.Module, grid: tuple[int, int]) -> Mixing:
+    """Rows of the token mixing for patches spread over a ``grid`` of :class:`Features`.
+
+    Raises:
+        UserError: the backbone has no token mixing.
+    """
+    if not isinstance(backbone, HasTokenMixing):
+        raise UserError(
+            f"{type(backbone).__name__} mixes its tokens by no matrix of weights, so it has no "
+            "rows of one to show; a ResMLP has them."
+        )
+    matrix = backbone.get_last_mixing(grid).float().cpu()  # (N, N)
+    places = spread(grid)
+    chosen = [row * grid[1] + column for row, column in places]
+    return Mixing(places, matrix[chosen].unflatten(1, grid))
+
+
+def spread(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """A few patches spread evenly over a grid, row by row; all of a small one."""
+    rows, columns = (
+        sorted({(2 * part + 1) * side // (2 * _ALONG_A_SIDE) for part in range(_ALONG_A_SIDE)})
+        for side in grid
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+def show(
+    backbone: nn.Module,
+    pictures: Iterable[Picture],
+    kinds: Sequence[str],
+    *,
+    image_size: Sequence[int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    facts: Mapping[str, object] | None = None,
+    advance: Callable[[Path], object] = lambda sheet: None,
+    refuse: Callable[[Picture, UserError], object] = stop,
+) -> None:
+    """Write for each picture what :func:`~dino_kit.patch_figures.save_patches` lists.
+
+    Args:
+        kinds: ``"mixing"``, ``"similarity"`` or both.
+        backbone, pictures, image_size, mean, std, facts, advance, refuse: as those of
+            :func:`~dino_kit.evaluators.gallery.show`.
+
+    Raises:
+        UserError: the backbone lacks what is to be shown, or takes no images of that size.
+    """
+    attention.require_size(image_size, backbone.patch_size)
+    device = next(backbone.parameters()).device
+    for picture in pictures:
+        try:
+            image = attention.fit(picture.image, image_size, backbone.patch_size)
+        except UserError as error:
+            refuse(picture, error)
+            continue
+        seen = attention.to_tensor(image, mean, std).to(device)  # (3, H, W)
+        features = look(backbone, seen)
+        mixing = mixing_rows(backbone, features.grid) if "mixing" in kinds else None
+        written = patch_figures.save_patches(
+            picture.folder,
+            image,
+            title=picture.title,
+            similarity=similarity_map(features).numpy() if "similarity" in kinds else None,
+            mixing=None if mixing is None else (mixing.places, mixing.rows.numpy()),
+            facts=facts,
+        )
+        advance(written[0])
