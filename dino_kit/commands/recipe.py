@@ -66,9 +66,18 @@ def _write(config: RecipeConfig) -> str:
             f"and a run stops at one that cannot: {sentence}"
         )
     machine = find_machine(device, usable_cores(), default_workers())
+    if machine.is_busy:
+        log.notice(
+            f"The machine is busy: other programs leave {machine.share:.0%} of a core to a thread. "
+            "The recipe is for as much as the hours hold in this state; on a free machine they hold "
+            "more."
+        )
     candidates = ladder(survey, config.arch)
     trials: list[Trial] = []
-    log.say(f"{survey.images:,} images; timing a few steps of each network that comes in question")
+    log.say(
+        f"{survey.images:,} images of about {survey.width} × {survey.height} pixels; timing a few "
+        "steps of each network that may suit the hours"
+    )
     for candidate in candidates:
         if not worth_trying(candidate, trials, survey, machine, request):
             break

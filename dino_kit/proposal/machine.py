@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 _ROOT = Path("/")
+_FREE = 0.8  # a thread that gets so much of a core is hardly held up
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Machine:
     memory: int | None  # bytes that are free where the networks live; None where nobody says
     memory_of: str  # whose memory that is
     devices: int = 1  # GPUs of the machine, of which one was measured
+    share: float = 1.0  # of a core that a thread gets, while other programs run
+
+    @property
+    def is_busy(self) -> bool:
+        return self.share < _FREE
 
 
 def find_machine(device: torch.device, cores: int, workers: int) -> Machine:
@@ -33,9 +41,18 @@ def find_machine(device: torch.device, cores: int, workers: int) -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         name, count = torch.cuda.get_device_name(device), torch.cuda.device_count()
-        return Machine("cuda", name, cores, workers, free, "the GPU", count)
+        return Machine("cuda", name, cores, workers, free, "the GPU", count, _share_of_a_core())
     memory, whose = host_memory()
-    return Machine(device.type, "", cores, workers, memory, whose)
+    share = _share_of_a_core()
+    return Machine(device.type, "", cores, workers, memory, whose, share=share)
+
+
+def _share_of_a_core() -> float:
+    """What a thread that always has something to do gets of a core."""
+    began, worked = time.perf_counter(), time.thread_time()
+    while (passed := time.perf_counter() - began) < _LOOK_SECONDS:
+        pass
+    return min((time.thread_time() - worked) / passed, 1.0)
 
 
 def host_memory(root: Path = _ROOT) -> tuple[int | None, str]:
