@@ -22,7 +22,16 @@ from dino_kit.data.loader import default_workers, usable_cores
 from dino_kit.data.sources import Source, open_training_source
 from dino_kit.errors import UserError
 from dino_kit.proposal import text
-from dino_kit.proposal.fit import Candidate, Request, Trial, fit, ladder, settings_of, worth_trying
+from dino_kit.proposal.fit import (
+    Candidate,
+    Request,
+    Trial,
+    fit,
+    ladder,
+    require_batch,
+    settings_of,
+    worth_trying,
+)
 from dino_kit.proposal.machine import find_machine
 from dino_kit.proposal.propose import propose
 from dino_kit.proposal.speed import measure
@@ -60,6 +69,7 @@ def _write(config: RecipeConfig) -> str:
         config.data_path, config.hours, config.total_batch_size, config.arch, config.device
     )
     survey = look(source)
+    require_batch(survey, request)
     for sentence in survey.unreadable[:1]:
         log.notice(
             f"{len(survey.unreadable)} of {survey.sampled:,} images that were tried cannot be read, "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dino_kit.errors import UserError
 from dino_kit.proposal import rules
 from dino_kit.proposal.machine import Machine
 from dino_kit.proposal.rules import CropSizes, Network
@@ -63,6 +64,7 @@ class Run(NamedTuple):
     epochs: int
     steps_an_epoch: int
     epoch_seconds: float
+    capacity: int  # images that the hours hold, a part of an epoch and more than all among them
 
     @property
     def steps(self) -> int:
@@ -105,14 +107,21 @@ def settings_of(candidate: Candidate, survey: Survey) -> dict[str, Any]:
 
 
 def fit(trial: Trial, survey: Survey, machine: Machine, request: Request) -> Run:
-    """The longest run of ``trial`` that the hours hold, with the batch that suits its length."""
+    """The longest run of ``trial`` that the hours hold, with the batch that suits its length.
+
+    Raises:
+        UserError: there are fewer images than the batch that was asked for.
+    """
+    require_batch(survey, request)
     seconds = request.hours * 3600 * (1 - rules.RESERVE)
     for batch in _batches(survey.images, request.total_batch_size):
         steps_an_epoch = survey.images // batch
         epoch = steps_an_epoch * _step_seconds(trial.speed, batch, machine) + trial.speed.save
         most = max(rules.MOST_EPOCHS, -(-rules.MOST_STEPS // steps_an_epoch))
         epochs = int(min(seconds / epoch, most))
-        run = Run(trial, batch, _micro(trial.speed, batch, machine), epochs, steps_an_epoch, epoch)
+        micro = _micro(trial.speed, batch, machine)
+        capacity = int(seconds / epoch * steps_an_epoch * batch)
+        run = Run(trial, batch, micro, epochs, steps_an_epoch, epoch, capacity)
         if run.steps >= rules.STEPS_FOR_LARGER_BATCH:
             break
     return run  # where none has so many steps, of the smallest batch
@@ -132,15 +141,24 @@ def worth_trying(
     network = candidate.network
     return (
         suffices(before, survey)
-        and before.seen >= network.seen  # it takes longer than the one before
+        and before.capacity >= network.seen  # it takes longer than the one before
         and survey.images >= network.images
     )
+
+
+def require_batch(survey: Survey, request: Request) -> None:
+    """Raises :class:`UserError` where there are fewer images than the batch that was asked for."""
+    if (request.total_batch_size or 0) > survey.images:
+        raise UserError(
+            f"There are {survey.images} images, fewer than one batch of "
+            f"{request.total_batch_size}; give --total_batch_size {survey.images} or less."
+        )
 
 
 def suffices(run: Run, survey: Survey, asked: bool = False) -> bool:
     """Whether the run is worth its network's size; one that was ``asked`` for needs an epoch."""
     network = run.trial.candidate.network
-    enough = run.seen >= network.seen and survey.images >= network.images
+    enough = run.capacity >= network.seen and survey.images >= network.images
     return run.epochs > 0 and run.micro > 0 and (asked or enough)
 
 

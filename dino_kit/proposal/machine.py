@@ -62,10 +62,9 @@ def host_memory(root: Path = _ROOT) -> tuple[int | None, str]:
     take. Where a system tells only its whole memory, half of that counts as free; where it tells
     nothing, there is None. ``root`` is where ``/proc`` and ``/sys`` are.
     """
-    available = _available(root)
-    whose = "the machine"
-    if available is None:
-        available, whose = _half_of_all(), "the machine, half of all it has"
+    available, whose = _available(root), "the machine"
+    if available is None and (available := _half_of_all()) is not None:
+        whose = "the machine, half of all it has,"
     for left in _left_to_group(root):
         if available is None or left < available:
             available, whose = left, "this container or job"

@@ -45,11 +45,6 @@ def propose(
     Raises:
         UserError: not one does; the sentence says what would be needed.
     """
-    if (request.total_batch_size or 0) > survey.images:
-        raise UserError(
-            f"There are {survey.images} images, fewer than one batch of "
-            f"{request.total_batch_size}; give --total_batch_size {survey.images} or less."
-        )
     runs = [fit(trial, survey, machine, request) for trial in trials]
     # The least there is need not be worth its size, if it can run at all.
     good = [run for place, run in enumerate(runs) if suffices(run, survey, asked=place == 0)]
@@ -79,12 +74,12 @@ def _too_little(run: Run, survey: Survey, machine: Machine, request: Request) ->
     hours = run.epoch_seconds / 3600 / (1 - rules.RESERVE)
     digits = 2 - math.floor(math.log10(hours)) - 1
     needed = math.ceil(hours * 10**digits * 1.05) / 10**digits
-    least = "that was asked for" if request.arch else "that is proposed here at all"
+    least = "what was asked for" if request.arch else "the least that is proposed"
     return (
-        f"--hours {request.hours:g} does not suffice for one epoch: the least {least} is a {title}, "
-        f"which takes {log.duration(run.epoch_seconds)} for {survey.images:,} images on this "
-        f"machine, and {rules.RESERVE:.0%} of the hours are kept for the start and an evaluation; "
-        f"give --hours {needed:g} or more, or fewer images."
+        f"--hours {request.hours:g} does not suffice for one epoch: {least}, a {title}, takes "
+        f"{log.duration(run.epoch_seconds)} for {survey.images:,} images here, and "
+        f"{rules.RESERVE:.0%} of the hours are kept for the start and an evaluation; give --hours "
+        f"{needed:g} or more, or fewer images."
     )
 
 
@@ -94,12 +89,13 @@ def _network(run: Run, runs: list[Run], survey: Survey, request: Request) -> lis
         reason = "It was asked for by --arch."
     else:
         reason = (
-            f"The {'largest' if network.seen else 'least'} that the hours suffice for: {run.seen:,} "
-            f"images, counted each time, go through it"
-            f"{f', and {network.seen:,} should' if network.seen else ''}. "
+            f"The {'largest' if network.seen else 'least'} that the hours suffice for: they hold "
+            f"{run.capacity:,} images of it, each counted as often as it comes"
+            f"{f', and {network.seen:,} are worth its size' if network.seen else ''}. "
             f"{_why_not_more(run, runs, survey, request)}"
         )
-    fits = f"of {crops.globals} pixels in {crops.grid} × {crops.grid} patches"
+    grid = f"A global crop is a grid of {crops.grid} × {crops.grid}"
+    grid += ", as in the paper" if crops.grid == 14 else "; the paper's is 14 × 14"
     depth = (
         "Stochastic depth keeps a deep network from learning by heart."
         if network.drop_path_rate
@@ -109,8 +105,7 @@ def _network(run: Run, runs: list[Run], survey: Survey, request: Request) -> lis
         Choice({"arch": network.arch, **dict(network.sizes)}, reason),
         Choice(
             {"patch_size": crops.patch},
-            f"Global crops {fits}; the paper's are 14 × 14. Smaller patches give better features "
-            "and cost more.",
+            f"{grid}. Smaller patches give better features and cost more.",
         ),
         Choice({"drop_path_rate": network.drop_path_rate}, depth),
     ]
@@ -128,9 +123,11 @@ def _why_not_more(run: Run, runs: list[Run], survey: Survey, request: Request) -
         return f"{title} does not fit into memory."
     if survey.images < candidate.network.images:
         return f"{title} wants {candidate.network.images:,} different images."
+    if tried and not tried.epochs:
+        return f"{title} would not see all of them once."
     if tried:
-        return f"{title} should see {candidate.network.seen:,}, and would see {tried.seen:,}."
-    return f"{title} should see {candidate.network.seen:,}, and is slower."
+        return f"{title} would want {candidate.network.seen:,}, and they hold {tried.capacity:,}."
+    return f"{title} would want {candidate.network.seen:,}, and is slower."
 
 
 def _head(run: Run, survey: Survey) -> list[Choice]:

@@ -45,7 +45,7 @@ _SMALL_HEAD = (("head_hidden_dim", 256), ("head_bottleneck_dim", 64))
 # shortest, and was not measured.
 NETWORKS = (
     Network(FREE_VIT, 0.002, 0, 0, _sizes(64, 3, 4), _SMALL_HEAD),
-    Network(FREE_VIT, 0.002, 25_000, 0, _sizes(96, 4, 3)),
+    Network(FREE_VIT, 0.002, 20_000, 0, _sizes(96, 4, 3)),
     Network(FREE_VIT, 0.002, 300_000, 2_000, _sizes(192, 6, 3)),
     Network("vit_tiny", 0.001, 1_000_000, 5_000),
     Network("vit_small", 0.0005, 10_000_000, 20_000, drop_path_rate=0.1),

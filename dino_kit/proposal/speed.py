@@ -9,7 +9,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +43,22 @@ def measure(
         torch.cuda.reset_peak_memory_stats(learner.device)
     small = most = min(_FIRST, images)
     batches, crop = _loaded(load, prepare, small)
-    kept = _KeptBytes(learner)
-    with kept.counted():
-        first = _seconds(learner, batches)  # also warms up: allocations, the optimiser's moments
+    # The first step also warms up: allocations, the optimiser's moments.
+    first, kept = _seconds(learner, batches), _kept_bytes(learner, batches)
     of_small = first if first > _SECONDS else _seconds(learner, batches, repeats=_REPEATS)
     step, image = 0.0, of_small / small
+    fixed, image_bytes = _bytes_of(learner), kept / small
     larger = min(images, _MOST, 2 ** int(math.log2(max(_SECONDS / image, 1))))
     if larger >= 2 * small:
         most = larger
         batches, crop = _loaded(load, prepare, most)
-        _seconds(learner, batches)  # allocations again
+        image_bytes = max(_kept_bytes(learner, batches) - kept, 0) / (most - small)
+        fixed += max(kept - math.ceil(small * image_bytes), 0)  # such as weights in half precision
         of_most = _seconds(learner, batches, repeats=_REPEATS)
         # Timing is noisy: more images never cost less, and no step costs less than nothing.
         image = min(max(of_most - of_small, 0.0) / (most - small), of_most / most)
         step = of_most - most * image
-    fixed, image_bytes = _bytes_of(learner), _ON_TOP * kept.total / small
+    image_bytes *= _ON_TOP
     if learner.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(learner.device)
         image_bytes = max(image_bytes, (peak - fixed) / most)
@@ -111,21 +111,18 @@ def _bytes_of(learner: Any) -> int:
     return 4 * student + teacher
 
 
-class _KeptBytes:
-    """Counts what a step keeps for its backward pass, each piece of memory once."""
+def _kept_bytes(learner: Any, batches: Sequence[Any]) -> int:
+    """What a step keeps for its backward pass, each piece of memory once; takes the step."""
+    known = {p.untyped_storage().data_ptr() for p in learner.student.parameters()}
+    sizes: list[int] = []
 
-    def __init__(self, learner: Any):
-        self.total = 0
-        self._known = {p.untyped_storage().data_ptr() for p in learner.student.parameters()}
-
-    @contextmanager
-    def counted(self):
-        with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
-            yield
-
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._known.add(storage.data_ptr())
-            self.total += storage.nbytes()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            sizes.append(storage.nbytes())
         return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        learner.step(0, batches)
+    return sum(sizes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from dino_kit import log
 from dino_kit.config import fields, recipe
 from dino_kit.config.architectures import VIT_SIZES
 from dino_kit.config.train import TrainConfig
@@ -44,7 +43,7 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
     plural = "image" if survey.images == 1 else "images"
     lines = _comment(
         f"A recipe for {survey.images:,} {plural} of about {survey.width} × {survey.height} pixels, "
-        f"{log.duration(run.seconds)} on this machine. Each value has its reason above it, and "
+        f"{_about(run.seconds)} on this machine. Each value has its reason above it, and "
         f"beside it what the plain run of the paper has, {PAPER}."
     )
     lines += ["#"]
@@ -54,7 +53,7 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
         "images": _seen(survey),
         "machine": _described(proposal.machine),
         "measured": _measured(run),
-        "cost": f"about {log.duration(run.seconds)} of the {proposal.request.hours:g} hours given, "
+        "cost": f"about {_about(run.seconds)} of the {proposal.request.hours:g} hours given, "
         f"for {run.epochs:,} epoch{'s' * (run.epochs > 1)} of {run.steps_an_epoch:,} steps of "
         f"{run.batch} images",
         "unknown": "how good the features get. Sizes and times are measured; the values below "
@@ -64,6 +63,13 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
     }.items():
         lines += ["#", *_comment(text, label)]
     return "\n".join(lines)
+
+
+def _about(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.95 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 99 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _seen(survey: Survey) -> str:
