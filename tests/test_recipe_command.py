@@ -22,11 +22,12 @@ from dino_kit.proposal.fit import Speed
 from dino_kit.proposal.machine import Machine
 
 CPU = torch.device("cpu")
-TINY = dict(
-    arch="vit", embed_dim=24, depth=2, num_heads=2, patch_size=4, global_crops_size=12,
-    local_crops_size=8, local_crops_number=2, out_dim=32, head_hidden_dim=32,
-    head_bottleneck_dim=16, drop_path_rate=0, data_path="digits", output_dir="out", num_workers=0,
-)  # fmt: skip
+TINY = {
+    "arch": "vit", "embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4,
+    "global_crops_size": 12, "local_crops_size": 8, "local_crops_number": 2, "out_dim": 32,
+    "head_hidden_dim": 32, "head_bottleneck_dim": 16, "drop_path_rate": 0,
+    "data_path": "digits", "output_dir": "out", "num_workers": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -196,14 +196,17 @@ def _optimisation(run: Run, survey: Survey, machine: Machine, request: Request) 
         else f"what {request.hours:g} hours hold, less {rules.RESERVE:.0%} for the start and an "
         "evaluation"
     )
-    batch = (
-        "It was asked for by --total_batch_size."
-        if request.total_batch_size
-        else f"The largest of 64, 128, 256 and 512 that leaves {rules.STEPS_FOR_LARGER_BATCH:,} "
-        "steps; where none does, the smallest, as steps are what a short run lacks."
-        if run.batch >= rules.SMALL_BATCH
-        else f"There are only {survey.images:,} images."
-    )
+    if request.total_batch_size:
+        batch = "It was asked for by --total_batch_size."
+    elif run.batch in rules.BATCHES:
+        batch = (
+            f"The largest, up to the paper's, that leaves {rules.STEPS_FOR_LARGER_BATCH:,} steps and "
+            f"{rules.STEPS_AN_EPOCH} an epoch."
+        )
+    elif run.batch == rules.SMALL_BATCH:
+        batch = "Steps are what so short a run lacks, so the batch is the smallest that is proposed."
+    else:
+        batch = f"There are only {survey.images:,} images."
     parts = -(-run.batch // run.micro)
     batch += _memory(run, machine)
     if parts > 1:
