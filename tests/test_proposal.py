@@ -137,6 +137,20 @@ def test_more_time_never_means_a_smaller_network_or_less_of_it(images, batch, fa
     assert before is not None
 
 
+def test_crops_share_the_cores_with_the_networks_but_not_a_gpu():
+    survey, request = survey_of(6400), Request("images", 8, 64)
+    speed = Speed(0.1, 0.01, 0.02, 0.5, 0, 0)  # 100 steps an epoch, 0.74 s each without crops
+    trial = Trial(ladder(survey, None)[0], "fp32", speed)
+
+    def epoch(device, cores):
+        return fit(trial, survey, machine_of(device, cores), request).epoch_seconds
+
+    assert epoch("cpu", 1) == pytest.approx(100 * (0.74 + 64 * 0.02) + 0.5)
+    assert epoch("cpu", 4) == pytest.approx(100 * (0.74 + 64 * 0.02 / 4) + 0.5)
+    assert epoch("cuda", 4) == pytest.approx(100 * 0.74 + 0.5)
+    assert epoch("cuda", 1) == pytest.approx(100 * 64 * 0.02 + 0.5)  # the crops hold it back
+
+
 @pytest.mark.parametrize("hours", [0.2, 1, 8, 100])
 def test_more_memory_never_means_fewer_images_at_a_time(hours):
     survey = survey_of(side=224)
@@ -495,7 +509,8 @@ def test_where_a_system_tells_less_that_is_said(tmp_path, monkeypatch, system):
 
 def test_a_busy_machine_is_said_to_be():
     assert not machine_of(share=0.95).is_busy
-    said = as_text(proposal_of(machine=machine_of(share=0.3)), "", "").replace("\n#           ", " ")
+    proposal = proposal_of(machine=machine_of(share=0.3))
+    said = as_text(proposal, "", "").replace("\n#           ", " ")
     assert "It was busy: other programs left 30% of a core to a thread" in said
 
 

@@ -181,6 +181,11 @@ def test_a_fault_is_one_sentence(words, sentence, known, capsys):
     assert out == "" and err.splitlines()[-1].startswith(f"dino-kit: error: {sentence}")
 
 
+def test_a_batch_of_too_many_images_is_refused_before_anything_is_timed(pictures, known):
+    assert cli.main(["recipe", str(pictures), "--total_batch_size", "9"]) == 2
+    assert not known.asked
+
+
 def test_unreadable_images_are_refused(tmp_path, known, capsys):
     for name in "ab":
         (tmp_path / f"{name}.jpg").write_bytes(b"no picture")
@@ -247,6 +252,11 @@ def test_what_two_sizes_of_step_differ_by_is_the_images_own_cost(step, image, mo
     monkeypatch.setattr(speed, "_seconds", seconds)
     found = speed.measure(learner, load, Prepare(CPU), len(source))
     assert (found.step, found.image) == (pytest.approx(step, abs=1e-9), pytest.approx(image))
+    monkeypatch.setattr(speed, "_SECONDS", 1e-6)  # few images only
+    few = speed.measure(learner, load, Prepare(CPU), len(source))
+    # What a step keeps however few its images, such as the prototypes, is no cost of an image.
+    assert 0.5 * few.image_bytes < found.image_bytes < few.image_bytes
+    assert found.fixed_bytes > few.fixed_bytes
 
 
 def test_slow_networks_are_timed_on_few_images(monkeypatch):
@@ -265,6 +275,7 @@ def test_slow_networks_are_timed_on_few_images(monkeypatch):
 def test_the_machine_is_this_one(monkeypatch):
     monkeypatch.undo()
     found = machine.find_machine(CPU, 3, 2)
-    assert isinstance(found, Machine) and (found.device, found.cores, found.workers) == ("cpu", 3, 2)
+    assert isinstance(found, Machine)
+    assert (found.device, found.cores, found.workers) == ("cpu", 3, 2)
     assert found.memory is None or found.memory > 10**8
     assert 0 < found.share <= 1

@@ -72,15 +72,15 @@ def _write(config: RecipeConfig) -> str:
     require_batch(survey, request)
     for sentence in survey.unreadable[:1]:
         log.notice(
-            f"{len(survey.unreadable)} of {survey.sampled:,} images that were tried cannot be read, "
-            f"and a run stops at one that cannot: {sentence}"
+            f"{len(survey.unreadable)} of {survey.sampled:,} images that were tried cannot be "
+            f"read, and a run stops at one that cannot: {sentence}"
         )
     machine = find_machine(device, usable_cores(), default_workers())
     if machine.is_busy:
         log.notice(
             f"The machine is busy: other programs leave {machine.share:.0%} of a core to a thread. "
-            "The recipe is for as much as the hours hold in this state; on a free machine they hold "
-            "more."
+            "The recipe is for as much as the hours hold in this state; on a free machine they "
+            "hold more."
         )
     candidates = ladder(survey, config.arch)
     trials: list[Trial] = []

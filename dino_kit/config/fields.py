@@ -216,7 +216,8 @@ def describe_value(schema: type, name: str, value: Any) -> str:
         return _field(schema, name).metadata["nothing"]
     if isinstance(value, list):
         same = _kind(schema, name)[0] == PerView and len(set(value)) == 1
-        return " ".join(describe_value(schema, name, item) for item in (value[:1] if same else value))
+        told = value[:1] if same else value
+        return " ".join(describe_value(schema, name, item) for item in told)
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -67,8 +67,8 @@ def _too_little(run: Run, survey: Survey, machine: Machine, request: Request) ->
     if not run.micro:
         needed = run.trial.speed.fixed_bytes + run.trial.speed.image_bytes
         return (
-            f"The memory does not suffice: {title}, needs {needed / 1e9:.1f} GB for a single image, "
-            f"and {machine.memory_of} has {machine.memory / 1e9:.1f} GB free, of which "
+            f"The memory does not suffice: a {title}, needs {needed / 1e9:.1f} GB for a single "
+            f"image, and {machine.memory_of} has {machine.memory / 1e9:.1f} GB free, of which "
             f"{rules.MEMORY_SHARE[machine.device]:.0%} may be planned with."
         )
     hours = run.epoch_seconds / 3600 / (1 - rules.RESERVE)
@@ -200,11 +200,11 @@ def _optimisation(run: Run, survey: Survey, machine: Machine, request: Request) 
         batch = "It was asked for by --total_batch_size."
     elif run.batch in rules.BATCHES:
         batch = (
-            f"The largest, up to the paper's, that leaves {rules.STEPS_FOR_LARGER_BATCH:,} steps and "
-            f"{rules.STEPS_AN_EPOCH} an epoch."
+            f"The largest, up to the paper's, that leaves {rules.STEPS_FOR_LARGER_BATCH:,} steps "
+            f"and {rules.STEPS_AN_EPOCH} an epoch."
         )
     elif run.batch == rules.SMALL_BATCH:
-        batch = "Steps are what so short a run lacks, so the batch is the smallest that is proposed."
+        batch = "Steps are what so short a run lacks, so it is the smallest that is proposed."
     else:
         batch = f"There are only {survey.images:,} images."
     parts = -(-run.batch // run.micro)

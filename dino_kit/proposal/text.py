@@ -42,8 +42,8 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
     survey, run = proposal.survey, proposal.run
     plural = "image" if survey.images == 1 else "images"
     lines = _comment(
-        f"A recipe for {survey.images:,} {plural} of about {survey.width} × {survey.height} pixels, "
-        f"{_about(run.seconds)} on this machine. Each value has its reason above it, and "
+        f"A recipe for {survey.images:,} {plural} of about {survey.width} × {survey.height} "
+        f"pixels, {_about(run.seconds)} on this machine. Each value has its reason above it, and "
         f"beside it what the plain run of the paper has, {PAPER}."
     )
     lines += ["#"]
@@ -68,7 +68,8 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
 def _about(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.95 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 99 * size else f"{seconds / size:,.0f} {unit}"
+            count = seconds / size
+            return f"{count:.2g} {unit}" if count < 99 else f"{count:,.0f} {unit}"
     return f"{seconds:.0f} seconds"
 
 
@@ -87,11 +88,12 @@ def _seen(survey: Survey) -> str:
         "no labels, and none are needed" if survey.classes is None
         else f"{survey.classes} folders, which may be classes, and which training does not use"
     )
-    sample = "all" if survey.sampled == survey.images else f"{survey.sampled:,} of {survey.images:,}"
+    part = f"{survey.sampled:,} of {survey.images:,}"
+    sample = "all" if survey.sampled == survey.images else part
     kinds = f"{', '.join(survey.kinds)}, " if survey.kinds else ""
     broken = (
-        f". Of those looked at {len(survey.unreadable)} cannot be read, and a run stops at one that "
-        f"cannot: {survey.unreadable[0].rstrip('.')}" if survey.unreadable else ""
+        f". Of those looked at {len(survey.unreadable)} cannot be read, and a run stops at one "
+        f"that cannot: {survey.unreadable[0].rstrip('.')}" if survey.unreadable else ""
     )
     return f"{sample} looked at: {kinds}{sides}, {colour}; {labels}{broken}"
 
