@@ -206,7 +206,7 @@ def test_a_fault_ends_with_status_2_and_writes_nothing(capsys, tmp_path, monkeyp
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "dino-kit: error: 'trian' is no command; there are quickstart, train, knn, linear, "
+        "dino-kit: error: 'trian' is no command; there are quickstart, train, recipe, knn, linear, "
         "attention, config; did you mean train?\n"
     )
 
@@ -276,6 +276,8 @@ def test_help_and_errors_do_not_import_torch():
         (["train", "vits8", "--use_fp16", "1", "--precision", "bf16"], 2),
         (["knn", "--zzz"], 2),
         (["config", "vits8"], 0),
+        (["recipe", "--help"], 0),
+        (["recipe", "images", "--hours", "0"], 2),
     ]:
         run = subprocess.run(
             [sys.executable, "-c", program, *words], check=False, capture_output=True, text=True
@@ -353,7 +355,9 @@ def test_help_has_every_flag_with_its_text_and_default(name, capsys, monkeypatch
         for title, declared in fields.groups(schema):
             assert f"{title}:" in flat
             for field in declared:
-                head = f"--{field.name} " if not field.metadata["positional"] else "CHECKPOINT "
+                head = f"--{field.name} "
+                if field.metadata["positional"]:
+                    head = f"{field.name.upper()} "
                 assert f"{head}" in flat
                 assert field.metadata["help"] in flat
         for flag in COMMANDS[name].without_effect:
@@ -411,6 +415,14 @@ def test_config_shows_what_differs(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert re.search(r"epochs\W+800\W+3\b", shown)
     assert "lr" not in shown
+    mine = ["--arch", "vit", "--embed_dim", "64", "--depth", "12", "--num_heads", "4"]
+    mine += ["--blur_radius_max", "0.5", "--data_path", "images"]
+    assert cli.main(["config", *mine, "--diff", "vits16_100ep"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"embed_dim\W+384\W+64\b", shown)  # a named network's own
+    assert re.search(r"blur_radius_max\W+2\W+0\.5\b", shown)  # once for all views
+    assert re.search(r"data_path\W+not set\W+images\b", shown)
+    assert "none" not in shown
     assert cli.main(["config", "vits8", "--diff", "vits8"]) == 0
     assert capsys.readouterr().out == "no difference from vits8\n"
     (tmp_path / "mine.yaml").write_text("diff: vits8\n")

@@ -38,6 +38,7 @@ FLOORS = {
     "dino_kit.attention_page": 2,
     "dino_kit.backbones.build": 3,
     "dino_kit.student_teacher": 3,
+    "dino_kit.proposal": 3,
     "dino_kit.weights": 4,
     "dino_kit.features": 4,
     "dino_kit.resume": 4,

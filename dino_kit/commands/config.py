@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dino_kit import log
-from dino_kit.config import fields, recipe
+from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.commands import ConfigConfig, train_part
 from dino_kit.config.train import TrainConfig
 
@@ -20,7 +20,7 @@ def run(config: ConfigConfig) -> None:
         return
     other = fields.create(TrainConfig, recipe.read(TrainConfig, config.diff), missing_ok=True)
     rows = [
-        (name, _shown(theirs), _shown(ours))
+        (name, _shown(name, theirs, other), _shown(name, ours, own))
         for name, theirs, ours in fields.differences(other, own)
     ]
     if rows:
@@ -29,9 +29,7 @@ def run(config: ConfigConfig) -> None:
         log.say(f"no difference from {config.diff}")
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value in (None, "") else str(value)
+def _shown(name: str, value: object, config: TrainConfig) -> str:
+    if value is None:  # the sizes of a network are its name's
+        value = architectures.VIT_SIZES.get(config.arch, {}).get(name)
+    return fields.describe_value(TrainConfig, name, value)

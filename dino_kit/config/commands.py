@@ -7,6 +7,7 @@ from dataclasses import fields as dataclass_fields
 
 from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
+from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.train import TrainConfig
 
 
@@ -57,6 +58,15 @@ COMMANDS = {
         ),
         takes_recipe=True,
         without_effect=_TORCHRUN,
+    ),
+    "recipe": Command(
+        RecipeConfig,
+        "dino_kit.commands.recipe:run",
+        "propose a recipe for these images and this machine, with its reasons",
+        (
+            "dino-kit recipe FOLDER --hours 4 > mine.yaml",
+            "dino-kit recipe FOLDER --hours 4 --arch vit_small --output mine.yaml",
+        ),
     ),
     "knn": Command(
         KnnConfig,

@@ -208,6 +208,21 @@ def describe_default(schema: type, field: dataclasses.Field) -> str:
     return f"Default: {text}."
 
 
+def describe_value(schema: type, name: str, value: Any) -> str:
+    """A value, as :func:`to_plain` gives it, for a reader: one number where all views share it."""
+    if value == "":
+        return "not set"
+    if value is None:
+        return _field(schema, name).metadata["nothing"]
+    if isinstance(value, list):
+        same = _kind(schema, name)[0] == PerView and len(set(value)) == 1
+        told = value[:1] if same else value
+        return " ".join(describe_value(schema, name, item) for item in told)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def takes_many(schema: type, name: str) -> bool:
     return _is_many(_kind(schema, name)[0])
 

@@ -81,12 +81,12 @@ def dump(config: Any) -> str:
             elif value is None and field.default is None:
                 lines.append(f"# {field.name}: {field.metadata['nothing']}")
             else:
-                lines.append(f"{field.name}: {_written(value)}")
+                lines.append(f"{field.name}: {written(value)}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as YAML on one line."""
     import yaml
 

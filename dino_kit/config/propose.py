@@ -1,0 +1,38 @@
+"""Settings of the command that proposes a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dino_kit.config import architectures
+from dino_kit.config.fields import REQUIRED, Checked, option
+from dino_kit.config.train import check_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(Checked):
+    """Recipe"""
+
+    data_path: str = option(
+        REQUIRED, "What the run is to read: a folder of images, labelled or not; or digits.",
+        positional=True,
+    )
+    hours: float = option(
+        8.0, "Hours that the run may take on this machine, such as 0.5; the default is a night.",
+        above=0,
+    )
+    total_batch_size: int | None = option(
+        None, "Images per step.", low=1, nothing="by the number of images and of steps"
+    )
+    arch: str | None = option(
+        None, "Architecture; vit is one of the sizes below vit_tiny.",
+        nothing="the largest that the hours suffice for", then=architectures.canonical,
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
+    output: str | None = option(
+        None, "File to write, which must not exist.", nothing="standard output"
+    )
+
+    def check(self) -> None:
+        if self.arch is not None:
+            architectures.require_buildable(self.arch)

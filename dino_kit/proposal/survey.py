@@ -1,0 +1,102 @@
+"""What is seen of the images before anything is proposed: how many, how large, of what kind."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from statistics import median_low
+
+import numpy as np
+from PIL import Image
+
+from dino_kit.data.decode import decode
+from dino_kit.data.sources import DigitsSource, Source
+from dino_kit.errors import UserError
+
+_SIZES, _PIXELS = 256, 64  # images whose header, and whose pixels too, are read
+_GRAY_TOLERANCE = 8  # of 255: what JPEG makes of equal channels
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A collection of images, as far as a sample that is spread evenly over it shows it."""
+
+    images: int
+    sampled: int
+    width: int  # the median, in pixels
+    height: int
+    shorter: tuple[int, int, int]  # shorter sides: smallest, median, largest
+    gray: float = 0.0  # share of images without colour
+    kinds: tuple[str, ...] = ()  # file formats, the most frequent first; none for arrays
+    classes: int | None = None  # None where there are no labels
+    digits: bool = False  # images of which it is known that a mirror makes others of them
+    unreadable: tuple[str, ...] = ()  # sentences, one for each image of the sample
+
+
+def look(source: Source) -> Survey:
+    """Read the sizes of a sample of ``source``, and the pixels of a part of it.
+
+    Raises:
+        UserError: no image of the sample can be read; the sentence says why for the first.
+    """
+    chosen = _spread(len(source), _SIZES)
+    with_pixels = set(chosen[:: -(-len(chosen) // _PIXELS)])
+    sizes: list[tuple[int, int]] = []
+    kinds: Counter[str] = Counter()
+    without_colour: list[bool] = []
+    unreadable: list[str] = []
+    for index in chosen:
+        try:
+            data, name = source.read(index), source.name(index)
+            size, kind = _header(data, name)
+            if index in with_pixels:
+                without_colour.append(_is_gray(decode(data, name)))
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
+        sizes.append(size)
+        kinds[kind] += 1
+    if not sizes:
+        all_of = "The image" if len(chosen) == 1 else f"None of {len(chosen):,} images"
+        verb = "cannot be read" if len(chosen) == 1 else "that were tried can be read"
+        raise UserError(f"{all_of} {verb}: {unreadable[0]}")
+    shorter = sorted(min(size) for size in sizes)
+    return Survey(
+        images=len(source),
+        sampled=len(chosen),
+        width=median_low([width for width, _ in sizes]),
+        height=median_low([height for _, height in sizes]),
+        shorter=(shorter[0], median_low(shorter), shorter[-1]),
+        gray=sum(without_colour) / max(len(without_colour), 1),
+        kinds=tuple(kind for kind, _ in kinds.most_common() if kind),
+        classes=None if source.classes is None else len(source.classes),
+        digits=isinstance(source, DigitsSource),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _spread(length: int, most: int) -> list[int]:
+    """At most ``most`` of ``length`` indices, at equal distances, the first and last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
+
+
+def _header(data: bytes | np.ndarray, name: str) -> tuple[tuple[int, int], str]:
+    """Width and height, and the format of the file; of pixels it is empty."""
+    if isinstance(data, np.ndarray):
+        return (data.shape[1], data.shape[0]), ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size, image.format or ""
+    except Exception:
+        decode(data, name)  # raises the same, as a sentence
+        raise
+
+
+def _is_gray(image: Image.Image) -> bool:
+    """Whether the channels of an RGB image are equal, but for what compression does to them."""
+    small = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    return bool((small.max(axis=2) - small.min(axis=2)).max() <= _GRAY_TOLERANCE)
