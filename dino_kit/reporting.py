@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dino_kit import distributed, evaluation, figures, files, log, search, weights
+from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.decode import decode
 from dino_kit.data.sources import FolderSource, Source, Subset, open_training_source, read_file
@@ -67,9 +69,11 @@ def write(
     chosen = None if image_path is None else _find(image_path)
     words = ["dino-kit", "report", str(folder)]
     words += ["--image_path", image_path] if image_path else []
-    version = evaluation.versions()["dino_kit"]
-    origin = f"Made by {shlex.join(words)} (dino_kit {version}) from what the folder held at"
-    text = page(record, _look(record, chosen, distributed.choose_device(device)), origin)
+    origin = f"Made by {shlex.join(words)} (dino_kit {version('dino_kit')}) from what the folder held at"
+    looks = _look(record, chosen, distributed.choose_device(device))
+    if chosen and looks.checkpoint and not looks.seen:
+        raise UserError(f"--image_path {image_path} has nothing that can be shown. {looks.seen_note}")
+    text = page(record, looks, origin)
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, text)
     for fault in record.faults:
@@ -163,7 +167,8 @@ def _attention(
     has_attention = isinstance(loaded.backbone, HasSelfAttention)
     colours = figures.colour_table()
     seen: list[Seen] = []
-    places = evenly(len(data.source), _IMAGES)
+    lost: list[str] = []
+    places = _various(data.source, range(len(data.source)))
     deadline = time.monotonic() + _SECONDS
     with log.progress(len(places), "attention") as advance:
         for place in places:
@@ -175,7 +180,8 @@ def _attention(
                 image = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC)
                 maps = _maps(loaded, image, has_attention, device)  # (heads, h, w)
             except UserError as error:
-                return seen, str(error)
+                lost.append(str(error))
+                continue
             shown = {"similarity": maps[0]}
             if has_attention:
                 shown = {"mean": maps.mean(axis=0)}
@@ -192,6 +198,8 @@ def _attention(
                 )
             )
             advance()
+    if not seen:
+        return [], " ".join(dict.fromkeys(lost))
     grid = f"{side // patch} × {side // patch} patches"
     if has_attention:
         note = (
@@ -205,7 +213,7 @@ def _attention(
             f"has, of {_age(loaded)}: the similarity of each of {grid} to the pooled feature. "
             "Brighter is more alike; every map is scaled by itself."
         )
-    return seen, note
+    return seen, " ".join((note, *dict.fromkeys(lost)))
 
 
 def _sight(whole: Image.Image) -> Image.Image:
@@ -213,6 +221,23 @@ def _sight(whole: Image.Image) -> Image.Image:
     tiny = min(whole.size) <= _TINY
     way = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
     return ImageOps.fit(whole, (_SIGHT, _SIGHT), way)
+
+
+def _various(source: Source, places: Sequence[int]) -> list[int]:
+    """A few of ``places``, evenly spaced; where there are labels, of as many classes as can be."""
+    if not source.classes:
+        return [places[place] for place in evenly(len(places), _IMAGES)]
+    most = -(-_IMAGES // len(source.classes))
+    seen: Counter[int | None] = Counter()
+    chosen: list[int] = []
+    for place in np.random.default_rng(0).permutation(len(places)).tolist():
+        label = source.label(places[place])
+        if seen[label] < most:
+            seen[label] += 1
+            chosen.append(places[place])
+        if len(chosen) == _IMAGES:
+            break
+    return sorted(chosen)
 
 
 def _maps(
@@ -236,9 +261,9 @@ def _neighbours(
     bank = evenly(len(source), _BANK)
     if len(bank) <= _FOUND:
         return [], f"The run has only {len(bank)} images, too few to have neighbours."
-    queries = [bank[place] for place in evenly(len(bank), _IMAGES)]
+    queries = _various(source, bank)
     # Shuffled, so that what there is time for is a fair part of all.
-    rest = np.random.default_rng(0).permutation([n for n in bank if n not in queries])
+    rest = np.random.default_rng(0).permutation(sorted(set(bank) - set(queries)))
     bank = [*queries, *rest.tolist()]
     try:
         features = torch.cat(list(_features(loaded, source, bank, device)))  # (n, D)

@@ -134,14 +134,15 @@ def probe(folder: Path, epoch: int, each: int, labels: bool) -> dict:
     return found
 
 
-def draw_sheet(epoch: int, side: int = 900) -> Image.Image:
-    sheet = Image.new("RGB", (side, side), "white")
+def draw_sheet(epoch: int) -> Image.Image:
+    """Small, as it is stored and read many times."""
+    sheet = Image.new("RGB", (300, 300), "white")
     draw = ImageDraw.Draw(sheet)
     for row in range(8):
         for column in range(7):
-            x, y = 20 + 125 * column, 20 + 108 * row
+            x, y = 7 + 42 * column, 7 + 36 * row
             shade = (37 * row + 11 * epoch + 53 * column) % 256
-            draw.rectangle((x, y, x + 95, y + 95), fill=(shade, 255 - shade, 120))
+            draw.rectangle((x, y, x + 31, y + 31), fill=(shade, 255 - shade, 120))
     return sheet
 
 

@@ -39,6 +39,7 @@ def _train(config: TrainConfig) -> None:
         log.say(f"done: {_newest(config)}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE --html")
+    log.say(f"  dino-kit report {config.output_dir}")
 
 
 def _newest(config: TrainConfig) -> Path:

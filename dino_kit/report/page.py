@@ -179,13 +179,16 @@ def _attention(looks: Looks) -> str:
 
 
 def _seen(one: Seen) -> str:
-    pictures = [("image", one.picture), ("on the image", one.overlay), *one.maps]
+    pictures = [("image", one.picture), ("overlay", one.overlay), *one.maps]
     shown = "".join(
         f'<figure><img src="{_text(source)}" alt="{_text(f"{one.name}, {label}")}">'
         f"<figcaption>{_text(label)}</figcaption></figure>"
         for label, source in pictures
     )
-    return f'<div class="card seen"><h4>{_text(one.name)}</h4><div class="row">{shown}</div></div>'
+    # In one line, or in two of nearly equal length.
+    columns = len(pictures) if len(pictures) <= 8 else -(-len(pictures) // 2)
+    row = f'<div class="row" style="--columns: {columns}">{shown}</div>'
+    return f'<div class="card seen"><h4>{_text(one.name)}</h4>{row}</div>'
 
 
 def _neighbours(looks: Looks) -> str:

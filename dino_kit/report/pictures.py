@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, features
 
+from dino_kit.data.decode import decode
+from dino_kit.data.sources import read_file
+from dino_kit.errors import UserError
 from dino_kit.report.record import Record, number
 
 MOST_FRAMES = 24
@@ -127,9 +131,8 @@ def _sheet(folder: Path, probe: dict[str, Any]) -> Path | None:
 
 def _opened(path: Path) -> Image.Image | None:
     try:
-        with Image.open(path) as image:
-            return shrunk(image.convert("RGB"), _FITS[0][0])
-    except Exception:  # broken data makes Pillow's readers raise almost anything
+        return shrunk(decode(read_file(path), str(path)), _FITS[0][0])
+    except UserError:
         return None
 
 
@@ -137,4 +140,4 @@ def _facts(probe: dict[str, Any]) -> dict[str, Any]:
     names = {"epoch": "epoch", "knn": "knn_top1", "rank": "effective_rank",
              "retrieval": "view_retrieval"}  # fmt: skip
     found = {name: number(probe.get(key)) for name, key in names.items()}
-    return {name: value for name, value in found.items() if value == value}
+    return {name: value for name, value in found.items() if not math.isnan(value)}

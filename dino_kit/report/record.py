@@ -56,7 +56,14 @@ class Record:
 
     def column(self, name: str) -> np.ndarray:
         """A measure of every line, ``(lines,)`` float64, NaN where a line lacks it."""
-        return np.array([number(line.get(name)) for line in self.lines], dtype=np.float64)
+        if name not in self._columns:
+            values = [number(line.get(name)) for line in self.lines]
+            self._columns[name] = np.array(values, dtype=np.float64)
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {}
 
     @property
     def states(self) -> list[str | None]:
@@ -151,13 +158,14 @@ def read(folder: str | Path) -> Record:
 
 def number(value: Any) -> float:
     """``value`` as a float where it is a finite number, else NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is float:  # nearly always; a long run has millions
+        return value if math.isfinite(value) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int):
         return math.nan
     try:
-        value = float(value)
+        return float(value)
     except OverflowError:
         return math.nan
-    return value if math.isfinite(value) else math.nan
 
 
 def _require_run(folder: Path) -> None:

@@ -22,7 +22,8 @@ from dino_kit.report.record import number
 
 _NAMES = {"knn": "k-NN", "linear": "linear probe"}  # how people call a command
 _METRICS = {"top1": "top-1, %", "top5": "top-5, %"}
-_NETWORKS = {"pixels": "raw pixels", "untrained": "untrained backbone", "teacher": "teacher"}
+UNTRAINED = "untrained backbone"
+_BASELINES = {"pixels": "raw pixels", "untrained": UNTRAINED}
 _LARGEST = 1 << 24  # bytes of a file that is worth looking into
 
 
@@ -59,10 +60,9 @@ def read(folder: Path, faults: list[str]) -> list[Result]:
 def newest(rows: Sequence[Result]) -> Result | None:
     """The accuracy that stands for a run in a sentence: of its newest weights, k 20 if there is one."""
     found = [row for row in rows if row.metric == _METRICS["top1"] and row.step is not None]
-    usual = "k 20"
     return max(
         found,
-        key=lambda row: (row.step, row.file == "quickstart.json", usual in row.evaluator + row.setting),
+        key=lambda row: (row.step, row.file == "quickstart.json", row.setting == "k 20"),
         default=None,
     )
 
@@ -71,13 +71,14 @@ def _rows(content: dict[str, Any], path: Path) -> Iterator[Result]:
     checkpoint = _mapping(content.get("checkpoint"))
     age = (_whole(checkpoint.get("step")), _whole(checkpoint.get("epoch")))
     if isinstance(of_networks := content.get("top1_percent"), dict):
-        k = content.get("k")
-        name = f"k-NN, k {k}" if isinstance(k, int) else "k-NN"
+        k = f"k {content['k']}" if isinstance(content.get("k"), int) else ""
         for network, by_data in of_networks.items():
             trained = age if network == "teacher" else (None, None)
+            words = ", ".join(filter(None, (k, _BASELINES.get(network, ""))))
             for data, value in _numbers(by_data):
-                label = _NETWORKS.get(network, network)
-                yield Result(name, label, data, _METRICS["top1"], value, path.name, *trained, None)
+                yield Result(
+                    "k-NN", words, data, _METRICS["top1"], value, path.name, *trained, None
+                )
         return
     results = _mapping(content.get("results"))
     command = _command(content, path)

@@ -33,7 +33,7 @@ def numbers(record: Record, results: Sequence[Result]) -> list[Number]:
                 f"of at most {min(own, 2 * record.total_batch):,}" if own else ""),
         _newest(record, "view_retrieval", "view retrieval", "{:.0f} %",
                 "of the crops find their twin", 100),
-        _newest(record, "images_per_second", "speed", "{:,.0f}", "images a second"),
+        _newest(record, "images_per_second", "speed", "{:.3g}", "images a second"),
     ]  # fmt: skip
     return [one for one in found if one]
 
@@ -55,7 +55,7 @@ def _accuracy(record: Record, results: Sequence[Result]) -> Number | None:
         return Number("k-NN", f"{value:.1f} %", f"by the probe, k {k}" if k else "by the probe")
     one = newest(results)
     return one and Number(
-        one.evaluator.partition(",")[0],
+        one.evaluator,
         f"{one.value:.1f} %",
         ", ".join(filter(None, (one.setting, one.data))),
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from dino_kit import log
 from dino_kit.report.record import Record, number
-from dino_kit.report.results import Result, newest
+from dino_kit.report.results import UNTRAINED, Result, newest
 
 WARMING_UP, LEARNING = "warming up", "learning"
 UNIFORM, ONE_POINT, DEAD = "uniform collapse", "one-point collapse", "dead student"
@@ -58,6 +58,7 @@ def judge(record: Record, results: Sequence[Result]) -> Verdict:
     state = record.states[-1] or ""
     even = _even(record)
     at_even = not state and even is not None and _last(record, "loss") > _NEAR_EVEN * even
+    stays = at_even and _warmed_up(record)
     sentences = [
         _progress(record),
         _episodes(record, state),
@@ -65,9 +66,9 @@ def judge(record: Record, results: Sequence[Result]) -> Verdict:
         _worth(record, results, state),
         _conduct(record),
     ]
-    advice = ADVICE.get(state, ADVICE[UNIFORM] if at_even else "")
+    advice = ADVICE.get(state, ADVICE[UNIFORM] if stays else "")
     tone: Tone = "bad" if advice else "good" if state == LEARNING else "open"
-    headline = _headline(record, state, at_even)
+    headline = _headline(record, state, at_even, stays)
     return Verdict(state, tone, headline, [one for one in sentences if one], advice)
 
 
@@ -79,12 +80,14 @@ def position(record: Record, step: int) -> str:
     return f"step {step:,}" + (f" (epoch {step / each:.1f})" if each else "")
 
 
-def _headline(record: Record, state: str, at_even: bool) -> str:
+def _headline(record: Record, state: str, at_even: bool, stays: bool) -> str:
     end = record.finished
     if state in ADVICE:
         return f"{MEANING[state]}."
-    if at_even:
+    if stays:
         return "The loss stands at ln K: nothing is told apart yet, or no longer."
+    if at_even:
+        return "The loss is at ln K, as it is at the start of every run."
     if state == LEARNING:
         return "The run is finished, and it learnt." if end else f"{MEANING[state]}."
     if state == WARMING_UP:
@@ -137,7 +140,7 @@ def _loss(record: Record, state: str, even: float | None) -> str:
     if even is None:
         return f"The loss is {loss:.2f}, which says nothing of quality by itself."
     size = f"ln {record.config.out_dim} = {even:.2f}"
-    if state == ONE_POINT or state == DEAD:
+    if state in (ONE_POINT, DEAD):
         return (
             f"A loss of {loss:.2f} is no success here: what counts is that answers differ from "
             "image to image, and they do not."
@@ -147,7 +150,8 @@ def _loss(record: Record, state: str, even: float | None) -> str:
             UNIFORM: "after the warm-up that is not normal",
             WARMING_UP: "at the start that is normal",
         }.get(state, "at the start that is normal, later it is a collapse")
-        return f"The loss of {loss:.2f} is {size}: every prototype is equally likely; {end}."
+        about = "" if f"{loss:.2f}" == f"{even:.2f}" else "about "
+        return f"The loss of {loss:.2f} is {about}{size}: every prototype is equally likely; {end}."
     return (
         f"The loss of {loss:.2f} is {100 * loss / even:.0f} % of {size}, where every prototype is equally "
         "likely; how good the features are it cannot tell."
@@ -208,9 +212,9 @@ def _measured(results: Sequence[Result]) -> str:
     if one is None:
         return ""
     rivals = [row for row in results if (row.file, row.data) == (one.file, one.data)]
-    untrained = [row for row in rivals if row.setting == "untrained backbone"]
+    untrained = [row for row in rivals if UNTRAINED in row.setting]
     of = f" of {one.data}" if one.data else ""
-    how = ", ".join(filter(None, (one.evaluator, one.setting.removeprefix("teacher"))))
+    how = ", ".join(filter(None, (one.evaluator, one.setting)))
     text = f"By {how}, the teacher's features classify {one.value:.1f} %{of} rightly"
     if untrained:
         text += f", and before training it was {untrained[0].value:.1f} %"
@@ -233,6 +237,12 @@ def _conduct(record: Record) -> str:
         parts.append(f"{count} dropped as not finite")
     text = ", and ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _warmed_up(record: Record) -> bool:
+    """Whether the learning rate's warm-up is over; true where that cannot be told."""
+    epoch = record.lines[-1].get("epoch")  # 0-based
+    return not record.config or type(epoch) is not int or epoch >= record.config.warmup_epochs
 
 
 def _even(record: Record) -> float | None:
