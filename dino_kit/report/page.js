@@ -57,6 +57,7 @@ function logTicks(low, high) {
       if (value >= low * 0.999 && value <= high * 1.001) found.push(value);
     }
   }
+  if (found.length < 2) return ticks(low, high, 3); // so little of the scale that it is nearly linear
   const each = Math.ceil(found.length / 5);
   return found.filter((_, place) => place % each === 0);
 }
@@ -64,7 +65,7 @@ function label(value, scale) {
   const size = Math.abs(value);
   if (size >= 10000) return `${+(value / 1000).toPrecision(3)}k`;
   if (value && size < 0.001) return tidy(value.toExponential().replace(/\.(\d{1,2})\d*e/, ".$1e"));
-  return tidy(String(+value.toPrecision(scale === "log" ? 2 : 6)));
+  return tidy(String(+value.toPrecision(scale === "log" ? 3 : 6)));
 }
 
 function reach(figure) {
@@ -127,11 +128,15 @@ function draw(holder) {
   }
   const unit = data.each || 1, foot = height - 8;
   const times = ticks(0, data.last / unit, width < 300 ? 4 : 5, data.last / unit >= 4);
-  times.forEach((value, place) => {
-    const end = across(value * unit) > right - 14;
-    svg(root, "text", { x: across(value * unit), y: foot, "text-anchor": place ? end ? "end" : "middle" : "start" },
-      `${value && place === times.length - 1 ? (data.each ? "epoch " : "step ") : ""}${label(value)}`);
-  });
+  let free = Infinity; // where the label to the right begins
+  for (const [place, value] of [...times.entries()].reverse()) {
+    const last = place === times.length - 1;
+    const text = (value && last ? (data.each ? "epoch " : "step ") : "") + label(value), wide = 6.3 * text.length;
+    const from = Math.min(across(value * unit) - (place ? wide / 2 : 0), right - wide);
+    if (from + wide + 6 > free) continue;
+    free = from;
+    svg(root, "text", { x: from + wide / 2, y: foot, "text-anchor": "middle" }, text);
+  }
 
   for (const one of drawn(figure)) {
     const point = (value, place) => `${across(one.x[place]).toFixed(1)} ${up(value).toFixed(1)}`;
