@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +261,17 @@ def test_a_fault_is_a_sentence_and_nothing_is_written(run, tmp_path, words, said
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == 1
     assert not (run / "report.html").exists()
+
+
+def test_where_a_browser_is_required_none_is_a_failure_and_no_skip(tmp_path):
+    """``.ci/run`` asks for that."""
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    for wish, status in ((None, 0), ("required", 1)):
+        environment |= {"DINO_KIT_BROWSER": wish} if wish else {}
+        done = subprocess.run(
+            [sys.executable, "-c", "import browser"], cwd=Path(__file__).parent,
+            env={k: v for k, v in environment.items() if wish or k != "DINO_KIT_BROWSER"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+    assert "neither chromium nor google-chrome is installed" in done.stderr
