@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+if BROWSER is None and os.environ.get("DINO_KIT_BROWSER") == "required":
+    raise RuntimeError(
+        "DINO_KIT_BROWSER is \"required\", and neither chromium nor google-chrome is installed."
+    )
 in_a_browser = pytest.mark.skipif(
     BROWSER is None or os.name != "posix", reason="no chromium or google-chrome is installed"
 )

@@ -207,7 +207,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "dino-kit: error: 'trian' is no command; there are quickstart, train, recipe, knn, linear, "
-        "attention, config; did you mean train?\n"
+        "attention, report, config; did you mean train?\n"
     )
 
 
@@ -355,10 +355,9 @@ def test_help_has_every_flag_with_its_text_and_default(name, capsys, monkeypatch
         for title, declared in fields.groups(schema):
             assert f"{title}:" in flat
             for field in declared:
-                head = f"--{field.name} "
-                if field.metadata["positional"]:
-                    head = f"{field.name.upper()} "
-                assert f"{head}" in flat
+                positional = field.metadata["positional"]
+                head = f"{field.name.upper()} " if positional else f"--{field.name} "
+                assert head in flat
                 assert field.metadata["help"] in flat
         for flag in COMMANDS[name].without_effect:
             assert f"--{flag}" in flat

@@ -68,6 +68,19 @@ def test_it_pretrains_measures_shows_and_says_what_is_next(first):
     assert page.count("test digit ") == 10
 
 
+def test_it_ends_by_writing_the_run_as_one_page(first):
+    out, result, said = first
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"Open in a browser {out / 'report.html'}, the whole run on one page" in " ".join(
+        said.split()
+    )
+    percents = result["top1_percent"]
+    for network in ("untrained", "teacher"):
+        for percent in percents[network].values():
+            assert f"{percent:.2f}" in page
+    assert page.count(", overlay") == 8 and "The nearest of 1,438 training images" in page
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(first, tmp_path):
     _, result, _ = first
     assert quickstart(tmp_path / "again")["top1_percent"] == result["top1_percent"]

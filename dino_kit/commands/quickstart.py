@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_kit import distributed, evaluation, files, log, weights
+from dino_kit import distributed, evaluation, files, log, reporting, weights
 from dino_kit.assemble import assemble, untrained_backbone
 from dino_kit.config import fields, recipe
 from dino_kit.config.evaluate import QuickstartConfig
@@ -74,10 +74,11 @@ def run(config: QuickstartConfig) -> None:
             "versions": evaluation.versions(),
         },
     )
-    _tell(results, out, sheets)
+    page = reporting.write(config.output_dir, device=str(device))
+    _tell(results, out, sheets, page)
 
 
-def _tell(results: dict[str, dict[str, float]], out: Path, sheets: int) -> None:
+def _tell(results: dict[str, dict[str, float]], out: Path, sheets: int, page: Path) -> None:
     log.say("")
     log.paragraph(
         f"k-NN: of the test digits, which training never saw, how many percent are of the class "
@@ -100,12 +101,13 @@ def _tell(results: dict[str, dict[str, float]], out: Path, sheets: int) -> None:
     log.say("")
     log.paragraph(
         f"Everything is in {out}: the run, quickstart.json, and attention/, with a picture of "
-        f"each head for {sheets} test digits; open {out / 'attention' / 'attention.html'} in a "
-        "browser to explore them."
+        f"each head for {sheets} test digits. Open in a browser {page}, the whole run on one page, "
+        f"and {out / 'attention' / 'attention.html'}, to explore what every patch looks at."
     )
     log.say("\nNext, with images of your own, labelled or not:")
     log.say("  dino-kit train --arch vit_small --patch_size 16 --data_path FOLDER --output_dir OUT")
     log.say("  dino-kit attention OUT --image_path PICTURE --html")
+    log.say("  dino-kit report OUT")
 
 
 class _Pixels(nn.Module):

@@ -40,6 +40,7 @@ def _train(config: TrainConfig) -> None:
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
     page = "" if architectures.family_of(config.arch) is architectures.RESMLP else " --html"
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE{page}")
+    log.say(f"  dino-kit report {config.output_dir}")
 
 
 def _newest(config: TrainConfig) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
 from dino_kit.config.propose import RecipeConfig
+from dino_kit.config.report import ReportConfig
 from dino_kit.config.train import TrainConfig
 
 
@@ -91,6 +92,12 @@ COMMANDS = {
         "what each attention head of a checkpoint looks at, as pictures or a page",
         ("dino-kit attention OUT --image_path PICTURE --html",),
         without_effect=_EVALUATION,
+    ),
+    "report": Command(
+        ReportConfig,
+        "dino_kit.commands.report:run",
+        "a run as one page: what became of it, curves, attention, neighbours, recipe, results",
+        ("dino-kit report OUT",),
     ),
     "config": Command(
         ConfigConfig,
