@@ -1,4 +1,5 @@
-"""Hold the numbers of a quickstart, in the folder given, against those measured on three seeds."""
+"""Hold the numbers of a quickstart, in the folder given, against those measured on three seeds; and
+that no alarm was raised over a healthy run."""
 
 import json
 import sys
@@ -13,3 +14,7 @@ for data, least in LEAST.items():
     teacher = result["top1_percent"]["teacher"][data]
     if teacher < least:
         sys.exit(f"teacher on {data}: {teacher:.1f} %, and at least {least} % was expected")
+lines = Path(sys.argv[1], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+states = [json.loads(line)["state"] for line in lines]
+if set(states) != {"warming up", "learning"}:
+    sys.exit(f"a healthy run was called {', '.join(sorted(set(states)))}")

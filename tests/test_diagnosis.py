@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dino_kit.training.diagnosis import (
-    ADVICE, COLLAPSED, DEAD, LEARNING, ONE_POINT, UNIFORM, WARMING_UP, Diagnosis,
+    COLLAPSED, DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, WARMING_UP, Diagnosis,
 )  # fmt: skip
 
 K = 1024
@@ -96,7 +96,7 @@ def test_the_alarm_tells_what_is_wrong_and_names_flags_that_exist():
     from dino_kit.config.train import TrainConfig
 
     flags = {field.name for field in fields(TrainConfig)}
-    assert set(ADVICE) == set(COLLAPSED)
+    assert set(FAULTS) == set(COLLAPSED)
     for kind, line in KINDS.items():
         one = diagnosis(0)
         follow(one, line, (10, 20, 30))

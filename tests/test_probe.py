@@ -14,6 +14,7 @@ from PIL import Image
 from dino_kit import cli, files, geometry, log
 from dino_kit.assemble import Run, assemble
 from dino_kit.backbones.build import create_backbone
+from dino_kit.backbones.interface import Features
 from dino_kit.data.crops import View
 from dino_kit.data.sources import DigitsSource, Subset
 from dino_kit.evaluators import probe as probes
@@ -98,10 +99,14 @@ def test_a_network_that_sees_only_what_crops_share_finds_every_view(tmp_path):
             return str(index)
 
     class Colour(torch.nn.Module):
-        embed_dim = 3
+        embed_dim, patch_size = 3, 4
 
         def forward(self, images):
             return images.mean(dim=(2, 3))
+
+        def forward_features(self, images):
+            patches = F.avg_pool2d(images, 4).flatten(2).mT
+            return Features(self(images), patches, (2, 2))
 
     one = probe(tmp_path, labelled=False, source=Plain())
     for crops in one.crops:
@@ -125,6 +130,13 @@ def test_without_labels_there_is_a_sheet_and_no_accuracy(tmp_path):
     with Image.open(tmp_path / result["sheet"]) as sheet:
         # Eight rows of an image, its attention and five neighbours.
         assert sheet.width > 7 * 112 and sheet.height > 8 * 112
+
+
+def test_a_network_without_attention_is_drawn_by_the_similarity_of_its_patches(tmp_path):
+    network = create_backbone("resmlp", patch_size=4, image_size=8, embed_dim=24, depth=2)
+    result = probe(tmp_path, labelled=False)(network, 1)
+    with Image.open(tmp_path / result["sheet"]) as sheet:
+        assert sheet.width > 7 * 112
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])

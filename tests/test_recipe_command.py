@@ -224,7 +224,9 @@ def test_a_real_measurement_ends_in_a_recipe(capsys):
 def test_measured_costs_are_those_of_the_networks():
     learner, load, source = learner_and_load()
     found = speed.measure(learner, load, Prepare(CPU), len(source))
-    assert found.image > 0 and found.step >= 0 and found.crop > 0 and found.save > 0
+    # The images' own cost is a difference of two times, and so may be nothing for a tiny network.
+    assert found.image >= 0 and found.step >= 0 and found.crop > 0 and found.save > 0
+    assert found.image + found.step > 0
     parameters = sum(p.numel() for p in learner.student.parameters())
     assert found.fixed_bytes >= 5 * 4 * parameters
     # Of an image's tokens: two crops of 10 and two of 5, in two blocks of width 24 and more.

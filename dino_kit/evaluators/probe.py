@@ -29,6 +29,7 @@ from dino_kit.data.decode import decode
 from dino_kit.data.sources import Source, Subset
 from dino_kit.evaluators.attention import attention_maps, to_tensor
 from dino_kit.evaluators.knn import knn
+from dino_kit.evaluators.patches import look, similarity_map
 from dino_kit.features import embed, extract
 from dino_kit.randomness import stream
 from dino_kit.search import nearest
@@ -137,10 +138,8 @@ class Probe:
         for row, place in enumerate(shown):
             image = self._image(place)
             panels.append((f"image {row + 1}", "", _enlarged(image)))
-            if isinstance(backbone, HasSelfAttention):
-                maps = attention_maps(backbone, to_tensor(image).to(self.device))
-                mean = maps.mean(dim=0).numpy()
-                panels.append(("attention", "", figures.overlay(_enlarged(image), mean, colours)))
+            seen = figures.overlay(_enlarged(image), self._map(backbone, image), colours)
+            panels.append((_attends(backbone)[0], "", seen))
             others = [
                 (float(s), int(i))
                 for s, i in zip(similarity[row], index[row], strict=True)
@@ -152,11 +151,18 @@ class Probe:
             ]
         return figures.sheet(
             f"Epoch {result['epoch']}",
-            f"{_figures(result)}. In each row an image, what the class token attends to, and the "
-            "nearest images with their cosine similarity.",
+            f"{_figures(result)}. In each row an image, {_attends(backbone)[1]}, and the nearest "
+            "images with their cosine similarity.",
             panels,
             columns=len(panels) // len(shown),
         )
+
+    def _map(self, backbone: nn.Module, image: Image.Image) -> np.ndarray:
+        """The mean of the heads' attention, or each patch's similarity to the whole: (h, w)."""
+        seen = to_tensor(image).to(self.device)
+        if isinstance(backbone, HasSelfAttention):
+            return attention_maps(backbone, seen).mean(dim=0).numpy()
+        return similarity_map(look(backbone, seen)).numpy()
 
     def _image(self, place: int) -> Image.Image:
         """An image as the network sees it, (S, S)."""
@@ -186,6 +192,13 @@ class _Crops:
 
     def name(self, index: int) -> str:
         return self.source.name(index)
+
+
+def _attends(backbone: nn.Module) -> tuple[str, str]:
+    """What the second column shows, in a word and in a few."""
+    if isinstance(backbone, HasSelfAttention):
+        return "attention", "what the class token attends to"
+    return "similarity", "how like the whole each patch is"
 
 
 def evenly(source: Source, most: int) -> Subset:

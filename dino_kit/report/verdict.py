@@ -14,10 +14,9 @@ import numpy as np
 from dino_kit import log
 from dino_kit.report.record import Record, number
 from dino_kit.report.results import UNTRAINED, Result, newest
+from dino_kit.training.diagnosis import DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, WARMING_UP
 
-WARMING_UP, LEARNING = "warming up", "learning"
-UNIFORM, ONE_POINT, DEAD = "uniform collapse", "one-point collapse", "dead student"
-# What each state is, as a sentence, and for a fault the knobs to turn.
+# What each state is, as a sentence; and for a fault what it means and the knobs to turn.
 MEANING = {
     WARMING_UP: "The run is warming up",
     LEARNING: "The run is learning",
@@ -26,14 +25,7 @@ MEANING = {
     DEAD: "The student is dead",
 }
 ADVICE = {
-    UNIFORM: "Teacher and student give every image the same answer, all prototypes alike. Lower "
-    "--teacher_temp (and --warmup_teacher_temp), keep --norm_last_layer true, lengthen "
-    "--freeze_last_layer, or raise --momentum_teacher.",
-    ONE_POINT: "Every image gets the same one prototype: the centre does not hold the teacher "
-    "back. Check that --centering is on, lower --center_momentum so that the centre follows "
-    "faster, raise --teacher_temp, or lower --lr.",
-    DEAD: "The student gives every image the same answer, whatever the teacher says. Lower --lr, "
-    "lengthen --warmup_epochs, lower --clip_grad, or compute in --precision fp32.",
+    state: f"{what[0].upper()}{what[1:]}. {knobs}" for state, (what, knobs) in FAULTS.items()
 }
 _NEAR_EVEN = 0.98  # of ln K: from here a loss says that nothing is told apart
 _HELD_BACK = 0.2  # share of the time spent waiting for data that is worth a hint

@@ -55,7 +55,12 @@ class Diagnosis:
 
     def alarm(self) -> str | None:
         """What is wrong and which knobs to turn, in a sentence or two; None where nothing is."""
-        return ADVICE[self.state].format(even=self.even) if self.state in COLLAPSED else None
+        if self.state not in COLLAPSED:
+            return None
+        even = f" An even answer makes the loss ln out_dim = {self.even:.2f}."
+        name = f"{self.state[0].upper()}{self.state[1:]}"
+        what, knobs = FAULTS[self.state]
+        return f"{name}: {what}.{even if self.state == UNIFORM else ''} {knobs}"
 
     def _state(self) -> str:
         mean = {name: sum(line[name] for line in self._lines) / len(self._lines) for name in _READ}
@@ -76,21 +81,22 @@ class Diagnosis:
 
 
 _READ = ("teacher_entropy", "kl", "teacher_information", "student_information", "effective_rank")
-ADVICE = {
+# What each fault is, and the knobs to turn.
+FAULTS = {
     UNIFORM: (
-        "Uniform collapse: the teacher answers every crop alike, with all prototypes about "
-        "equally, and the student has nothing to learn from it (an even answer makes the loss "
-        "ln out_dim = {even:.2f}). Lower --teacher_temp and --warmup_teacher_temp, keep "
-        "--norm_last_layer true, lengthen --freeze_last_layer, or lower --lr."
+        "the teacher answers every crop alike, with all prototypes about equally, and the student "
+        "has nothing to learn from it",
+        "Lower --teacher_temp and --warmup_teacher_temp, keep --norm_last_layer true, lengthen "
+        "--freeze_last_layer, or lower --lr.",
     ),
     ONE_POINT: (
-        "One-point collapse: the teacher answers every crop with the same few prototypes. Raise "
-        "--teacher_temp, lower --center_momentum so that the centre follows faster, raise "
+        "the teacher answers every crop with the same few prototypes",
+        "Raise --teacher_temp, lower --center_momentum so that the centre follows faster, raise "
         "--momentum_teacher, or take --centering sinkhorn, which spreads the answers over the "
-        "prototypes."
+        "prototypes.",
     ),
     DEAD: (
-        "Dead student: the student answers every crop alike, although the teacher does not. Lower "
-        "--lr, lengthen --warmup_epochs, lower --clip_grad, or take --precision fp32."
+        "the student answers every crop alike, although the teacher does not",
+        "Lower --lr, lengthen --warmup_epochs, lower --clip_grad, or take --precision fp32.",
     ),
 }
