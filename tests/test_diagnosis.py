@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dino_kit.training.diagnosis import (
-    COLLAPSED, DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, WARMING_UP, Diagnosis,
+    COLLAPSED, DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, UNSTEADY, WARMING_UP, Diagnosis,
 )  # fmt: skip
 
 K = 1024
@@ -15,6 +15,7 @@ EVEN = math.log(K)
 HEALTHY = {
     "teacher_entropy": 4.0,
     "kl": 1.0,
+    "prototypes_used": 200.0,
     "teacher_information": 1.2,
     "student_information": 0.4,
     "effective_rank": 6.0,
@@ -28,6 +29,7 @@ UNIFORM_LINE = HEALTHY | {
 ONE_POINT_LINE = UNIFORM_LINE | {"teacher_entropy": 1e-4}
 DEAD_LINE = HEALTHY | {"student_information": 1e-3}
 FLAT_LINE = HEALTHY | {"effective_rank": 1.2}
+FEW_LINE = HEALTHY | {"teacher_entropy": 0.01, "prototypes_used": 3.5, "teacher_information": 1.2}
 KINDS = {UNIFORM: UNIFORM_LINE, ONE_POINT: ONE_POINT_LINE, DEAD: DEAD_LINE}
 
 
@@ -64,6 +66,23 @@ def test_a_fault_is_named_within_fifty_steps_after_the_warm_up(kind):
 def test_embeddings_that_all_point_the_same_way_are_a_collapse(entropy, kind):
     one = diagnosis()
     assert follow(one, FLAT_LINE | {"teacher_entropy": entropy}, range(10, 200, 10))[-1] == kind
+
+
+def test_certain_answers_that_are_all_of_a_few_are_one_point():
+    one = diagnosis()
+    assert follow(one, FEW_LINE, range(10, 200, 10))[-1] == ONE_POINT
+    many = diagnosis()
+    assert follow(many, FEW_LINE | {"prototypes_used": 40.0}, range(10, 200, 10))[-1] == LEARNING
+
+
+def test_a_teacher_that_swings_is_unsteady_and_one_that_drifts_is_not():
+    one, drifting = diagnosis(0), diagnosis(0)
+    for step, entropy in enumerate([0.2, 6.5, 0.5, 5.0, 1.0]):
+        state = one.update(10 * step, HEALTHY | {"teacher_entropy": entropy})
+    assert state == UNSTEADY and "--momentum_teacher" in one.alarm()
+    for step, entropy in enumerate([6.5, 5.0, 4.0, 2.0, 0.8]):
+        state = drifting.update(10 * step, HEALTHY | {"teacher_entropy": entropy})
+    assert state == LEARNING
 
 
 def test_one_odd_line_is_no_collapse():

@@ -6,6 +6,7 @@ const data = JSON.parse($("data").textContent);
 const STATES = {
   "warming up": "--warming", "learning": "--learning", "uniform collapse": "--uniform",
   "one-point collapse": "--one-point", "dead student": "--dead",
+  "unsteady teacher": "--dead",
 };
 const FAULT = (state) => !["warming up", "learning"].includes(state);
 const colour = (state) => `var(${STATES[state] || "--open"})`;

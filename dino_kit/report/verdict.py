@@ -14,7 +14,15 @@ import numpy as np
 from dino_kit import log
 from dino_kit.report.record import Record, number
 from dino_kit.report.results import UNTRAINED, Result, newest
-from dino_kit.training.diagnosis import DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, WARMING_UP
+from dino_kit.training.diagnosis import (
+    DEAD,
+    FAULTS,
+    LEARNING,
+    ONE_POINT,
+    UNIFORM,
+    UNSTEADY,
+    WARMING_UP,
+)  # fmt: skip
 
 # What each state is, as a sentence; and for a fault what it means and the knobs to turn.
 MEANING = {
@@ -23,6 +31,7 @@ MEANING = {
     UNIFORM: "The run has collapsed to the uniform answer",
     ONE_POINT: "The run has collapsed to one point",
     DEAD: "The student is dead",
+    UNSTEADY: "The teacher is unsteady",
 }
 ADVICE = {
     state: f"{what[0].upper()}{what[1:]}. {knobs}" for state, (what, knobs) in FAULTS.items()

@@ -12,17 +12,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 WARMING_UP, LEARNING = "warming up", "learning"
 UNIFORM, ONE_POINT, DEAD = "uniform collapse", "one-point collapse", "dead student"
-COLLAPSED = (UNIFORM, ONE_POINT, DEAD)
+UNSTEADY = "unsteady teacher"
+COLLAPSED = (UNIFORM, ONE_POINT, DEAD, UNSTEADY)
 
 _LINES = 5  # that a state is told from, as the measures of one batch are noisy
 _LEAST_LINES = 3
 _SAME_ANSWER = 0.02  # nats that an answer has to tell about its crop
 _AGREEMENT = 0.02  # nats of KL(teacher‖student) below which the student has nothing left to learn
 _ONE_DIRECTION = 1.8  # effective rank of embeddings that all point the same way
+_CERTAIN, _FEW = 0.1, 5  # nats of entropy, and prototypes, below which an answer is one of a few
+_SWING = 0.5  # of ln K: how far the teacher's entropy goes to and fro in these lines
 _SPEAKING = 0.5  # nats that a teacher has to tell before a silent student is a fault
 _DEAD_SHARE = 0.02  # of the teacher's information, below which the student's is none
 
@@ -65,12 +69,23 @@ class Diagnosis:
     def _state(self) -> str:
         mean = {name: sum(line[name] for line in self._lines) / len(self._lines) for name in _READ}
         told, understood = mean["teacher_information"], mean["student_information"]
+        entropy = mean["teacher_entropy"]
         silent = told < _SAME_ANSWER and mean["kl"] < _AGREEMENT
         if silent or mean["effective_rank"] < _ONE_DIRECTION:
-            return UNIFORM if mean["teacher_entropy"] > 0.5 * self.even else ONE_POINT
+            return UNIFORM if entropy > 0.5 * self.even else ONE_POINT
+        if entropy < _CERTAIN and mean["prototypes_used"] < _FEW:
+            return ONE_POINT
+        if self._to_and_fro() > _SWING * self.even:
+            return UNSTEADY
         if told > _SPEAKING and understood < _DEAD_SHARE * told:
             return DEAD
         return LEARNING
+
+    def _to_and_fro(self) -> float:
+        """The way that the teacher's entropy went in these lines, less what it came to, in nats."""
+        entropies = [line["teacher_entropy"] for line in self._lines]
+        way = sum(abs(b - a) for a, b in pairwise(entropies))
+        return way - abs(entropies[-1] - entropies[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state, "lines": list(self._lines)}
@@ -80,23 +95,36 @@ class Diagnosis:
         self._lines.extend(state["lines"])
 
 
-_READ = ("teacher_entropy", "kl", "teacher_information", "student_information", "effective_rank")
+_READ = (
+    "teacher_entropy",
+    "kl",
+    "prototypes_used",
+    "teacher_information",
+    "student_information",
+    "effective_rank",
+)
 # What each fault is, and the knobs to turn.
 FAULTS = {
     UNIFORM: (
-        "the teacher answers every crop alike, with all prototypes about equally, and the student "
-        "has nothing to learn from it",
-        "Lower --teacher_temp and --warmup_teacher_temp, keep --norm_last_layer true, lengthen "
-        "--freeze_last_layer, or lower --lr.",
+        ("the teacher answers every crop alike, with all prototypes about equally, and the student "
+        "has nothing to learn from it"),
+        ("Lower --teacher_temp and --warmup_teacher_temp, keep --norm_last_layer true, lengthen "
+        "--freeze_last_layer, or lower --lr."),
     ),
     ONE_POINT: (
         "the teacher answers every crop with the same few prototypes",
-        "Raise --teacher_temp, lower --center_momentum so that the centre follows faster, raise "
+        ("Raise --teacher_temp, lower --center_momentum so that the centre follows faster, raise "
         "--momentum_teacher, or take --centering sinkhorn, which spreads the answers over the "
-        "prototypes.",
+        "prototypes."),
     ),
     DEAD: (
         "the student answers every crop alike, although the teacher does not",
         "Lower --lr, lengthen --warmup_epochs, lower --clip_grad, or take --precision fp32.",
+    ),
+    UNSTEADY: (
+        ("the teacher's answers swing as a whole, between one prototype and all of them, so there "
+        "is nothing steady to learn from"),
+        ("Raise --momentum_teacher so that the teacher moves more slowly than the student, lower "
+        "--lr, or lengthen --warmup_epochs."),
     ),
 }
