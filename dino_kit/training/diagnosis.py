@@ -26,7 +26,9 @@ _SAME_ANSWER = 0.02  # nats that an answer has to tell about its crop
 _AGREEMENT = 0.02  # nats of KL(teacher‖student) below which the student has nothing left to learn
 _ONE_DIRECTION = 1.8  # effective rank of embeddings that all point the same way
 _CERTAIN, _FEW = 0.1, 5  # nats of entropy, and prototypes, below which an answer is one of a few
-_SWING = 0.5  # of ln K: how far the teacher's entropy goes to and fro in these lines
+# Of ln K: how far the teacher's entropy goes to and fro in these lines, and how far from one line to
+# the next, but for one pair: a single odd line is no swing.
+_SWING, _MOVE = 0.3, 0.09
 _SPEAKING = 0.5  # nats that a teacher has to tell before a silent student is a fault
 _DEAD_SHARE = 0.02  # of the teacher's information, below which the student's is none
 
@@ -75,17 +77,18 @@ class Diagnosis:
             return UNIFORM if entropy > 0.5 * self.even else ONE_POINT
         if entropy < _CERTAIN and mean["prototypes_used"] < _FEW:
             return ONE_POINT
-        if self._to_and_fro() > _SWING * self.even:
+        if self._swings():
             return UNSTEADY
         if told > _SPEAKING and understood < _DEAD_SHARE * told:
             return DEAD
         return LEARNING
 
-    def _to_and_fro(self) -> float:
-        """The way that the teacher's entropy went in these lines, less what it came to, in nats."""
-        entropies = [line["teacher_entropy"] for line in self._lines]
-        way = sum(abs(b - a) for a, b in pairwise(entropies))
-        return way - abs(entropies[-1] - entropies[0])
+    def _swings(self) -> bool:
+        """Whether the teacher's entropy goes to and fro, by more than noise, from line to line."""
+        entropies = [line["teacher_entropy"] / self.even for line in self._lines]
+        moves = sorted(abs(b - a) for a, b in pairwise(entropies))
+        to_and_fro = sum(moves) - abs(entropies[-1] - entropies[0])
+        return to_and_fro > _SWING and moves[1] > _MOVE
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state, "lines": list(self._lines)}
