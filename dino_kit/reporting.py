@@ -26,9 +26,8 @@ from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.decode import decode
 from dino_kit.data.sources import FolderSource, Source, Subset, open_training_source, read_file
 from dino_kit.errors import UserError
-from dino_kit.evaluators import attention
-from dino_kit.evaluators.similarity import patch_similarity
-from dino_kit.features import extract
+from dino_kit.evaluators import attention, patches
+from dino_kit.features import embed
 from dino_kit.report import record as records
 from dino_kit.report.look import Looks, Map, Neighbours, Seen, Tile
 from dino_kit.report.page import page
@@ -107,13 +106,6 @@ class _OneImage:
 
     def name(self, index: int) -> str:
         return self.path
-
-
-class _Unlabelled(Subset):
-    """A source whose labels are of no interest, for :func:`extract`, which asks for them."""
-
-    def label(self, index: int) -> int:
-        return 0
 
 
 class _Data(NamedTuple):
@@ -248,7 +240,7 @@ def _maps(
     pixels = attention.to_tensor(image, t.mean, t.std).to(device)  # (3, H, W)
     if has_attention:
         return attention.attention_maps(loaded.backbone, pixels).numpy()
-    return patch_similarity(loaded.backbone, pixels)[None].numpy()
+    return patches.similarity_map(patches.look(loaded.backbone, pixels))[None].numpy()
 
 
 def _neighbours(
@@ -301,11 +293,10 @@ def _features(
     with log.progress(len(bank), "neighbours") as advance:
         for start in range(0, len(bank), _AT_A_TIME):
             part = bank[start : start + _AT_A_TIME]
-            features, _ = extract(
-                loaded.backbone, _Unlabelled(source, part), **loaded.transform._asdict(),
+            yield embed(
+                loaded.backbone, Subset(source, part), **loaded.transform._asdict(),
                 batch_size=_AT_A_TIME, device=device, description="",
             )  # fmt: skip
-            yield features
             advance(len(part))
             if time.monotonic() > deadline:
                 return

@@ -17,10 +17,8 @@ from test_report import Read
 from torch import nn
 
 from dino_kit import cli, reporting, weights
-from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Features
 from dino_kit.data.sources import DigitsSource, FolderSource
-from dino_kit.evaluators.similarity import patch_similarity
 
 TINY = (
     "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
@@ -95,7 +93,7 @@ def test_neighbours_are_the_nearest_without_the_image_itself(trained, pictures):
     source = FolderSource(pictures)
     rows, note = reporting._neighbours(loaded, reporting._Data(source), torch.device("cpu"))
     assert len(rows) == 8 and "what is of the image's own class is in bold" in note
-    everything, _ = reporting.extract(loaded.backbone, source, **loaded.transform._asdict())
+    everything = reporting.embed(loaded.backbone, source, **loaded.transform._asdict())
     everything = nn.functional.normalize(everything, dim=1)
     names = [reporting._short(source, place) for place in range(len(source))]
     for row in rows:
@@ -193,21 +191,6 @@ def test_a_network_without_attention_shows_which_patches_are_like_the_whole(run,
     assert "mixer has no self-attention, so this is what every network has" in read.body
     assert len(pictures_in(read, ", similarity")) == len(pictures_in(read, ", overlay")) == 8
     assert pictures_in(read, ", mean") == pictures_in(read, ", head") == []
-
-
-@pytest.mark.parametrize("kind", ["vit", "mixer"])
-def test_the_similarity_of_a_patch_is_that_of_its_feature_to_the_pooled_one(kind):
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
-    backbone = Mixer() if kind == "mixer" else create_backbone("vit", **sizes)
-    image = torch.randn(3, 8, 12)
-    found = patch_similarity(backbone, image).numpy()
-    with torch.no_grad():
-        pooled, patches, grid = backbone.eval().forward_features(image[None])
-    assert found.shape == grid == (2, 3)
-    a, b = pooled[0].numpy(), patches[0].numpy()
-    expected = (b @ a) / np.linalg.norm(a) / np.linalg.norm(b, axis=1)
-    assert found.ravel() == pytest.approx(expected, abs=1e-5)
 
 
 def test_looking_ends_when_the_time_is_over_and_what_is_there_is_shown(trained, monkeypatch):
