@@ -292,12 +292,16 @@ def _crops(run: Run, survey: Survey) -> list[Choice]:
     size = f"The pictures' shorter sides are of {side:,} pixels in the middle"
     if crops.globals > side:
         reason = f"{size}; {crops.grid} × {crops.grid} patches are the least to learn from."
-    elif crops.globals < min(side, rules.LARGEST_CROP) // 2 + crops.patch:
+    elif crops.globals < rules.crop_sizes(survey).globals:
         reason = f"{size}. Crops of half the size are seen several times as often in the hours."
-    elif side >= rules.LARGEST_CROP:
+    elif crops.globals == rules.LARGEST_CROP:
         reason = f"{size}, so there is enough for the paper's crops."
     else:
-        reason = f"{size}; to enlarge them would cost time and add nothing."
+        reason = (
+            f"{size}. Crops of three quarters of that cost about half of whole ones, and on small "
+            "pictures gave the better features in equal time; enlarged ones would cost more and "
+            "show nothing more."
+        )
     number = (
         "A local crop costs little beside the two global ones."
         if crops.number == rules.LOCAL_CROPS

@@ -108,6 +108,10 @@ class CropSizes:
 
 PATCHES, FEWEST_ACROSS, FEWEST_TINY = (16, 8), 8, 3  # a patch leaves 8 × 8, or 3 × 3 of the least
 LARGEST_CROP = 224
+# Of the pictures' side, as the paper's 224 is of photographs of 300 to 500. Measured on 5,000 images
+# of CIFAR-10 with the second network, ten minutes on one core: k-NN 31.1, 31.6 % (seeds 0, 1) with
+# crops of 24 pixels, 30.4, 29.8 % with crops of 32.
+CROP_SHARE = 3 / 4
 FEWEST_TO_REDUCE = 12  # patches across, of which half are left
 LOCAL_SIDE = (96, 224)  # the paper's, of a global crop's; rounded up to whole patches
 LOCAL_CROPS, LOCAL_CROPS_SMALL = 8, 4  # for crops of the paper's grid, and below it
@@ -115,10 +119,11 @@ TINY_SIDE = 16  # pictures below this hold a stroke or two
 
 
 def crop_sizes(survey: Survey, reduced: bool = False) -> CropSizes:
-    """Crops of about the pictures' own size, at most 224; ``reduced`` ones of half that side."""
-    side = min(survey.shorter[1], LARGEST_CROP)
+    """Crops of three quarters of the pictures' side, at most 224; ``reduced`` ones of half that."""
+    side = survey.shorter[1]
     patch = next((p for p in PATCHES if side >= FEWEST_ACROSS * p), 4)
-    across = max(side // patch // (2 if reduced else 1), FEWEST_TINY)
+    crop = min(int(CROP_SHARE * side), LARGEST_CROP)
+    across = max(crop // patch // (2 if reduced else 1), FEWEST_TINY)
     inner = -(-across * LOCAL_SIDE[0] // LOCAL_SIDE[1])
     tiny = side < TINY_SIDE
     # A box of fewer than 8 × 8 pixels of the picture holds next to nothing.
