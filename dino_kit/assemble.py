@@ -17,7 +17,8 @@ from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
-from dino_kit.data.sources import Source, open_labelled_sources, open_training_source
+from dino_kit.data.sources.opening import open_labelled_sources, open_training_source
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.evaluators.probe import Probe
 from dino_kit.heads import DINOHead

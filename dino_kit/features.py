@@ -17,7 +17,7 @@ from dino_kit import log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import FolderSource, Source, Subset, open_training_source, read_file
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.opening import open_training_source
+from dino_kit.data.sources.source import Source, Subset, read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention, patches
 from dino_kit.features import embed

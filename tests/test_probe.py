@@ -16,7 +16,8 @@ from dino_kit.assemble import Run, assemble
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Features
 from dino_kit.data.crops import View
-from dino_kit.data.sources import DigitsSource, Subset
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.source import Subset
 from dino_kit.evaluators import probe as probes
 from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.probe import Probe, evenly, sentence
@@ -87,7 +88,7 @@ def test_a_network_that_sees_only_what_crops_share_finds_every_view(tmp_path):
     """The mean colour of a picture in one colour survives every crop of it."""
 
     class Plain:
-        classes = None
+        root, classes = "plain", None
 
         def __len__(self):
             return 30

@@ -15,7 +15,8 @@ from torch import nn
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import FolderSource, read_file
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators import patches
 from dino_kit.evaluators.attention import default_size
@@ -136,12 +137,12 @@ def _find(image_path: str) -> dict[str, str]:
     if not os.path.isdir(image_path):
         raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
     source = FolderSource(image_path)
-    stems = [os.path.splitext(path)[0] for path in source.paths]
+    stems = [os.path.splitext(path)[0] for path in source.names]
     # Some file systems do not tell a from A.
-    claims = Counter(name.casefold() for name in (*stems, *source.paths))
+    claims = Counter(name.casefold() for name in (*stems, *source.names))
     return {
         stem if claims[stem.casefold()] == 1 else path: source.name(index)
-        for index, (stem, path) in enumerate(zip(stems, source.paths, strict=True))
+        for index, (stem, path) in enumerate(zip(stems, source.names, strict=True))
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import KnnConfig
 from dino_kit.data.loader import default_workers
-from dino_kit.data.sources import open_labelled_sources, place
+from dino_kit.data.sources.opening import open_labelled_sources
 from dino_kit.errors import UserError
 from dino_kit.evaluators.knn import knn
 from dino_kit.features import extract
@@ -103,7 +103,7 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
         **evaluation.origin(loaded),
         "transform": evaluation.described(transform),
         "data": evaluation.data_flags(config),
-        "read": dict(zip(("bank", "queries"), map(place, sources), strict=True)),
+        "read": dict(zip(("bank", "queries"), (source.root for source in sources), strict=True)),
         "class_names": sources[0].classes,
         "device": str(device),
     }

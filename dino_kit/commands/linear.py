@@ -14,7 +14,7 @@ from dino_kit import distributed, evaluation, files, log, weights
 from dino_kit.config import fields
 from dino_kit.config.evaluate import LinearConfig
 from dino_kit.data.loader import default_workers
-from dino_kit.data.sources import open_labelled_sources, place
+from dino_kit.data.sources.opening import open_labelled_sources
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.head_training import HeadTraining, shared_features
@@ -145,7 +145,7 @@ def _record(config: LinearConfig, training: HeadTraining, chance: float) -> dict
         "head": _file(training.path),
         "transform": evaluation.described(training.transform),
         "data": evaluation.data_flags(config),
-        "read": {"train": place(training.train), "validation": place(training.val)},
+        "read": {"train": training.train.root, "validation": training.val.root},
         "class_names": training.train.classes,
         "device": str(training.device),
         **evaluation.origin(training.loaded),
@@ -203,7 +203,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
             "head": _file(saved.path),
             "transform": evaluation.described(transform),
             "data": evaluation.data_flags(config),
-            "read": {"validation": place(val)},
+            "read": {"validation": val.root},
             "class_names": saved.classes or val.classes,
             "device": str(device),
             **evaluation.origin(loaded),

@@ -19,7 +19,8 @@ from dino_kit.config import fields
 from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.loader import default_workers, usable_cores
-from dino_kit.data.sources import Source, open_training_source
+from dino_kit.data.sources.opening import open_training_source
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.proposal import text
 from dino_kit.proposal.fit import (

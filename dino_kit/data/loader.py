@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.randomness import stream
 

@@ -22,7 +22,7 @@ from dino_kit import files, weights
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import read_file
+from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead
 from dino_kit.normalize import Normalize

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from dino_kit import distributed, files, log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.loader import Loader
-from dino_kit.data.sources import Source, Subset, place
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
@@ -244,7 +243,7 @@ class HeadTraining:
             changed.append(f"the weights of {self.loaded.path} were others")
         for source in ("train", "val"):
             if saved["images"].get(source) != now["images"][source]:
-                changed.append(f"the images of {place(getattr(self, source))} were others")
+                changed.append(f"the images of {getattr(self, source).root} were others")
         if changed:
             raise UserError(
                 f"{self.path} was trained with other settings: {'; '.join(changed)}. Give another "
@@ -276,10 +275,9 @@ def shared_features(
 
 
 def _fingerprint(source: Source) -> str:
-    """A hash of the images' names and labels, which does not depend on where their folder lies."""
-    root = f"{place(source)}{os.sep}"
+    """A hash of the images' names and labels, which does not depend on where the images lie."""
     digest = hashlib.sha256()
     for index, label in enumerate(labels_of(source).tolist()):
-        name = source.name(index).removeprefix(root).encode("utf-8", "surrogatepass")
+        name = source.key(index).encode("utf-8", "surrogatepass")
         digest.update(name + f"\0{label}\n".encode())
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.augment import center_view, eval_sizes, render
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source, Subset
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.evaluators.attention import attention_maps, to_tensor
 from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.patches import look, similarity_map
@@ -177,6 +177,7 @@ class _Crops:
 
     def __init__(self, source: Source, view: View, seed: int, number: int):
         self.source, self.view, self.seed, self.number = source, view, seed, number
+        self.root = source.root
 
     def __len__(self) -> int:
         return len(self.source)
@@ -189,6 +190,9 @@ class _Crops:
 
     def label(self, index: int) -> None:
         return None
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
 
     def name(self, index: int) -> str:
         return self.source.name(index)

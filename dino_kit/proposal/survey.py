@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import DigitsSource, Source
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 
 _SIZES, _PIXELS = 256, 64  # images whose header, and whose pixels too, are read
