@@ -17,8 +17,8 @@ from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
-from dino_kit.data.sources.opening import open_labelled_sources, open_training_source
-from dino_kit.data.sources.source import Source
+from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
+from dino_kit.data.sources.source import Source, fingerprint
 from dino_kit.errors import UserError
 from dino_kit.evaluators.probe import Probe
 from dino_kit.heads import DINOHead
@@ -42,6 +42,7 @@ class Run:
 
     config: TrainConfig  # resolved
     source: Source
+    names: str  # the fingerprint of the images' names
     learner: Learner
     loader: Loader
     prepare: Prepare
@@ -107,6 +108,7 @@ class Run:
             "step": done,
             "config": fields.to_plain(self.config),
             "images": len(self.source),
+            "names": self.names,
             "skipped": vars(self.skipped).copy(),
             "monitor": monitored,
         }
@@ -141,11 +143,16 @@ class Run:
         return f"its images are {', '.join(names[:5])}{more}"
 
 
-def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None) -> Run:
+def assemble(
+    config: TrainConfig,
+    views: Sequence[Sequence[View]] | None = None,
+    data: Any | None = None,
+) -> Run:
     """Build the run that ``config`` describes, and load its newest checkpoint if there is one.
 
     ``views``, by crop size and the two global ones first, take the place of those that
-    :func:`view_groups` makes of ``config``.
+    :func:`view_groups` makes of ``config``. ``data``, a source or any dataset of images, see
+    :class:`~dino_kit.data.sources.objects.DatasetSource`, is read instead of ``data_path``.
 
     Raises:
         UserError: something in the configuration, the data or the folder does not fit.
@@ -155,12 +162,16 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
     config = with_total_batch(with_mlp_grid(config), device)
-    source = open_training_source(config.data_path)
-    saved = find_checkpoint(config, len(source), device)
+    distributed.start(device)
+    lists = Path(config.output_dir) / LISTS
+    source = open_training_source(
+        config.data_path if data is None else data, lists, config.download
+    )
+    names = fingerprint(source)
+    saved = find_checkpoint(config, len(source), names, device)
     start = saved["step"] if saved else 0
     # What is written down goes on by its recipe or its checkpoint, and does not begin again.
     replaces, config = config.resume == "never", replace(config, resume="auto")
-    distributed.start(device)
 
     loader = build_loader(config, source, views or view_groups(config), device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
@@ -181,7 +192,7 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
     prepare = Prepare(device)
-    return Run(config, source, learner, loader, prepare, monitor, probe, skipped, start, replaces)
+    return Run(config, source, names, learner, loader, prepare, monitor, probe, skipped, start, replaces)
 
 
 class Prepare:
@@ -276,7 +287,10 @@ def build_loader(
 
 
 def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Probe:
-    labelled = open_labelled_sources(config.probe_data) if config.probe_data else None
+    labelled = None
+    if config.probe_data:
+        lists = Path(config.output_dir) / LISTS
+        labelled = open_labelled_sources(config.probe_data, lists=lists, download=config.download)
     return Probe(
         source,
         labelled,

@@ -13,6 +13,8 @@ from dino_kit import log, weights
 from dino_kit.config import fields
 from dino_kit.config.evaluate import Checkpoint, Labelled
 from dino_kit.data.augment import eval_sizes
+from dino_kit.data.sources.opening import LISTS, open_labelled_sources
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -70,6 +72,22 @@ def transform(loaded: Loaded, image_size: int | None) -> EvalTransform:
             f"is: {max(patch, patch * round(size / patch))}."
         )
     return chosen
+
+
+def labelled_sources(config: Labelled, target: Path) -> tuple[Source, Source]:
+    """The two sets of labelled images that ``config`` names; their lists are kept beside ``target``.
+
+    Raises:
+        UserError: as :func:`~dino_kit.data.sources.opening.open_labelled_sources`.
+    """
+    return open_labelled_sources(
+        config.data_path,
+        config.train_data,
+        config.val_data,
+        config.val_share,
+        lists=target.parent / LISTS,
+        download=config.download,
+    )
 
 
 def described(transform: EvalTransform) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.decode import decode
 from dino_kit.data.sources.folder import FolderSource
-from dino_kit.data.sources.opening import open_training_source
+from dino_kit.data.sources.opening import LISTS, open_training_source
 from dino_kit.data.sources.source import Source, Subset, read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention, patches
@@ -95,7 +95,7 @@ class _OneImage:
     classes = None
 
     def __init__(self, path: str):
-        self.path = path
+        self.path = self.root = path
 
     def __len__(self) -> int:
         return 1
@@ -105,6 +105,9 @@ class _OneImage:
 
     def label(self, index: int) -> None:
         return None
+
+    def key(self, index: int) -> str:
+        return os.path.basename(self.path)
 
     def name(self, index: int) -> str:
         return self.path
@@ -138,7 +141,7 @@ def _training_data(record: Record) -> _Data:
     if record.config is None or not record.config.data_path:
         return _Data(None, "Where the run's images are is not known; --image_path names some.")
     try:
-        return _Data(open_training_source(record.config.data_path))
+        return _Data(open_training_source(record.config.data_path, record.folder / LISTS))
     except UserError as error:
         return _Data(None, f"The run's images cannot be read here any more. {error}")
 

@@ -15,9 +15,11 @@ from dino_kit.training.precision import resolve_precision
 
 
 def find_checkpoint(
-    config: TrainConfig, images: int, device: torch.device
+    config: TrainConfig, images: int, names: str, device: torch.device
 ) -> dict[str, Any] | None:
     """The checkpoint that ``config`` goes on from, if its folder has one.
+
+    ``images`` is the number of those to train on, and ``names`` the fingerprint of their names.
 
     Raises:
         UserError: the folder holds a run that differs in a field that must not change.
@@ -43,6 +45,8 @@ def find_checkpoint(
     ]
     if saved["images"] != images:
         changed.append(f"the data had {saved['images']} images and now has {images}")
+    elif saved.get("names", names) != names:  # older checkpoints do not say
+        changed.append("the names of the images were others")
     if changed:
         raise UserError(
             f"{config.output_dir} holds a run with other settings: {'; '.join(changed)}. Give "

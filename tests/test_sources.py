@@ -502,3 +502,61 @@ def test_sources_can_be_sent_to_another_process(tmp_path, digits):
         assert fresh.classes == source.classes
         assert contents(fresh) == contents(source)
         assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_a_list_is_kept_until_a_folder_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 4)
+    monkeypatch.setattr("dino_kit.data.sources.folder._TOO_FRESH", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png", "b/c/2.png", "b/3.png"), tmp_path / "out" / "x.list"
+    assert len(FolderSource(root, kept)) == 3 and not kept.exists()  # so few are not worth it
+    fill(root, "b/c/4.png")
+    first = FolderSource(root, kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", None)  # no folder is read again
+        again = FolderSource(root, kept)
+        sent = pickle.dumps(again)
+        assert contents(again) == contents(first) == contents(pickle.loads(sent))
+        assert again.classes == ["a", "b"] and len(sent) < 600
+    fill(root, "b/c/5.png", "b/c/6.png")
+    (root / "a" / "1.png").unlink()
+    assert len(FolderSource(root, kept)) == 5
+    assert capsys.readouterr().err == (
+        f"notice: {root} has changed since it was listed: b/c/5.png, b/c/6.png are new; a/1.png is "
+        "gone.\n"
+    )
+    (root / "b" / "c").rename(root / "d")  # a folder that is gone
+    assert FolderSource(root, kept).classes == ["b", "d"]
+
+
+def test_a_folder_that_changed_while_it_was_listed_is_listed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png"), tmp_path / "x.list"
+    FolderSource(root, kept)
+    before = os.stat(root / "a")
+    fill(root, "a/2.png")
+    os.utime(root / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # as coarse clocks do
+    assert len(FolderSource(root, kept)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}\n", b"[1]\n", b"\0" * 99])
+def test_a_damaged_list_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png"), tmp_path / "x.list"
+    kept.write_bytes(damage)
+    assert contents(FolderSource(root, kept)) == contents(FolderSource(root))
+    assert kept.read_bytes() != damage
+
+
+def test_a_list_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    (tmp_path / "file").write_bytes(b"")
+    source = FolderSource(fill(tmp_path / "in", "a/1.png"), tmp_path / "file" / "x.list")
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+@pytest.mark.parametrize("half", ["train", "val", "test"])
+def test_half_a_split_alone_is_one_for_training(tmp_path, half):
+    source = open_training_source(str(fill(tmp_path, f"{half}/a/1.png", f"{half}/b/2.png", "x.txt")))
+    assert source.classes == ["a", "b"] and source.key(0) == "a/1.png"
+    fill(tmp_path, "3.png")
+    assert open_training_source(str(tmp_path)).key(0) == "3.png"

@@ -73,8 +73,9 @@ class Labelled:
 
     data_path: str | None = option(
         None,
-        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class; or "
-        "digits, or digits:moved, whose test images are moved and larger.",
+        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class; "
+        "likewise tar archives, a list of images in a file, torchvision:NAME or hf:NAME; or digits, "
+        "or digits:moved, whose test images are moved and larger.",
         nothing="",
     )
     train_data: str | None = option(
@@ -84,6 +85,9 @@ class Labelled:
     val_share: float = option(
         0.2, "Share of a folder without a split that is held out, by a hash of the names.",
         above=0, below=1,
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     image_size: int | None = option(
         None, "Side of the images that the network sees.", low=1,

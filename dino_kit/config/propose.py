@@ -14,7 +14,7 @@ class RecipeConfig(Checked):
     """Recipe"""
 
     data_path: str = option(
-        REQUIRED, "What the run is to read: a folder of images, labelled or not; or digits.",
+        REQUIRED, "What the run is to read, as for dino-kit train.",
         positional=True,
     )
     hours: float = option(

@@ -21,6 +21,7 @@ RESUMABLE = frozenset(
         "batch_size_per_gpu",  # the total batch is compared instead
         "data_path",
         "device",
+        "download",
         "log_every_steps",
         "max_bad_steps",
         "num_workers",
@@ -310,7 +311,12 @@ class Data:
 
     data_path: str = option(
         REQUIRED,
-        "Folder of images, at any depth, labelled or not; or digits, for those of scikit-learn.",
+        "Folder of images, at any depth, labelled or not; tar archives: a file, a folder of them, a "
+        "pattern such as x-{000..146}.tar; a .txt or .csv that lists images; torchvision:NAME, "
+        "hf:NAME; or digits, for those of scikit-learn.",
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     num_workers: int | None = option(
         None, "Processes that load data; 0 loads in the run's own.", low=0,

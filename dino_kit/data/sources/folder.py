@@ -31,7 +31,7 @@ class FolderSource(Tree):
 
     Args:
         root: the folder.
-        kept: file to keep the list in. It is read instead of the folders as long as none of them
+        kept: file to keep the list in, where it is long. It is read instead of the folders as long as none of them
             has changed since; of one that has, a notice tells what is new and what is gone.
 
     Raises:
@@ -48,7 +48,8 @@ class FolderSource(Tree):
             listing = _Listing.of(root)
             if before is not None and (difference := changes(before.names, listing.names)):
                 log.notice(f"{root} has changed since it was listed: {difference}.")
-            before = listing.keep(kept) if kept else listing
+            worth_it = kept and store.is_worth_it(len(listing.names))
+            before = listing.keep(kept) if worth_it else listing
         self._file = before.file
         super().__init__(root, before.names)
 

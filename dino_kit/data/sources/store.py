@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dino_kit import files
+from dino_kit import distributed, files
 
 _FORMAT = "dino_kit list of images 1"
 _ALIGNED = 64  # bytes
+_WORTH_A_FILE = 10_000  # images; fewer are listed in a moment
+
+
+def is_worth_it(images: int) -> bool:
+    """Whether a list of so many is kept: where making it takes time, or others wait for it."""
+    return images >= _WORTH_A_FILE or distributed.world_size() > 1
 
 
 def save(path: str | Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:

@@ -29,7 +29,7 @@ class TarSource(Tree):
 
     Args:
         pattern: as for :func:`shards_of`.
-        kept: file to keep the index in. It is read instead of the archives as long as none of them
+        kept: file to keep the index in, where it is long. It is read instead of the archives as long as none of them
             has changed since; a notice names one that has.
 
     Raises:

@@ -52,7 +52,9 @@ def open_index(root: str, shards: list[str], kept: str | Path | None) -> Index:
             return before
         log.notice(f"{root} was indexed before, and since then {changed}: it is indexed again.")
     index = _build(root, shards)
-    return (_keep(index, kept) if kept else None) or index
+    if kept is None or not store.is_worth_it(len(index.names)):
+        return index
+    return _keep(index, kept) or index
 
 
 def _build(root: str, shards: list[str]) -> Index:

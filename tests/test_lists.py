@@ -1,0 +1,174 @@
+"""Lists of images in a file, Python objects, and datasets by name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dino_kit.data.sources.lists import ListSource
+from dino_kit.data.sources.objects import DatasetSource
+from dino_kit.data.sources.opening import open_data, open_labelled_sources, open_training_source
+from dino_kit.errors import BadImage, UserError
+
+
+def listed(tmp_path: Path, name: str, text: str) -> list[tuple[str, str | None]]:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    source = open_training_source(str(path))
+    assert isinstance(source, ListSource) and source.root == str(path)
+    labels = [source.label(i) for i in range(len(source))]
+    names = [None if label is None else source.classes[label] for label in labels]
+    return list(zip(source.paths, names, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("x.txt", "b.png\na b.png\n\nc.png", [("b.png", None), ("a b.png", None), ("c.png", None)]),
+        ("x.txt", "b.png\tdog\na.png\tcat\nc.png", [("b.png", "dog"), ("a.png", "cat"), ("c.png", None)]),
+        ("x.txt", "b x.JPEG 65\na.JPEG 970\n", [("b x.JPEG", "65"), ("a.JPEG", "970")]),
+        ("x.txt", "a 1.png\nb 2\n", [("a 1.png", None), ("b 2", None)]),
+        ("x.csv", "b.png,dog\na.png,cat\n", [("b.png", "dog"), ("a.png", "cat")]),
+        ("x.csv", "b.png\na.png\n", [("b.png", None), ("a.png", None)]),
+        ("x.csv", "id,Label,Path\n7,x,b.png\n8,,a.png\n", [("b.png", "x"), ("a.png", None)]),
+        ("x.csv", 'filename,w\n"a, b.png",3\r\n', [("a, b.png", None)]),
+        ("x.tsv", "path\tclass\nb,1.png\té\n", [("b,1.png", "é")]),
+        ("x.txt", "\ufeffa.png\n", [("a.png", None)]),
+    ],
+)
+def test_a_list_is_read_in_its_order(tmp_path, name, text, expected):
+    assert listed(tmp_path, name, text) == expected
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    (tmp_path / "x.csv").write_text("a,10\nb,9\nc,100\n")
+    assert ListSource(tmp_path / "x.csv").classes == ["9", "10", "100"]
+
+
+def test_paths_count_from_the_lists_folder(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"one")
+    (tmp_path / "in" / "x.txt").write_text(f"a.png\n{tmp_path / 'in' / 'a.png'}\ngone.png\n")
+    monkeypatch.chdir(tmp_path)
+    source = pickle.loads(pickle.dumps(open_training_source("in/x.txt")))
+    assert source.read(0) == source.read(1) == b"one"
+    with pytest.raises(BadImage, match=r"in/gone\.png cannot be opened: No such file"):
+        source.read(2)
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("x.txt", b"\n \n", "lists no image"),
+        ("x.csv", b"path,label\n", "lists no image"),
+        ("x.csv", b"path,label\na,1\n,2\n", "names no image in its row 3"),
+        ("x.csv", b"\xff\xfe", "is no text in UTF-8"),
+        ("x.txt", b"a\0b", "holds characters of no text"),
+    ],
+)
+def test_what_is_no_list_is_refused(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        open_data(str(tmp_path / name))
+
+
+def test_a_labelled_list_is_split_by_its_names(tmp_path):
+    rows = [f"{name}{i}.png,{name}" for name in "ab" for i in range(20)]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    bank, queries = open_labelled_sources(str(tmp_path / "x.csv"))
+    assert bank.classes == ["a", "b"] and len(bank) + len(queries) == 40 and len(queries) > 1
+    (tmp_path / "y.txt").write_text("a/1.png\nb/2.png\n")
+    with pytest.raises(UserError, match="has no labels, which an evaluation needs"):
+        open_labelled_sources(str(tmp_path / "y.txt"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace")),
+       suffix=st.sampled_from([".txt", ".csv", ".tsv"]))  # fmt: skip
+def test_no_text_does_more_than_raise_the_named_error(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("list") / f"x{suffix}"
+    path.write_bytes(content)
+    try:
+        source = ListSource(path)
+    except UserError:
+        return
+    for index in range(len(source)):
+        assert source.key(index).strip() and source.label(index) in (None, *range(len(source)))
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, images, labels=None, **more):
+        self.images, self.given = images, labels
+        vars(self).update(more)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        return image if self.given is None else (image, self.given[index])
+
+
+PIXELS = np.arange(2 * 5 * 4 * 3, dtype=np.uint8).reshape(2, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [PIXELS, [Image.fromarray(p) for p in PIXELS], torch.from_numpy(PIXELS).permute(0, 3, 1, 2)],
+    ids=["arrays", "pil", "tensors"],
+)
+def test_a_dataset_of_images_is_a_source(images):
+    source = open_training_source(Pairs(images, [1, 0], classes=["cat", "dog"]))
+    assert source.classes == ["cat", "dog"] and [source.label(i) for i in range(2)] == [1, 0]
+    assert np.array_equal(np.asarray(source.read(1)), PIXELS[1])
+    assert source.name(1) == "Pairs[1]" and source.key(1) == "1"
+
+
+def test_labels_are_where_datasets_have_them():
+    assert DatasetSource(Pairs(PIXELS)).classes is None
+    assert DatasetSource(Pairs(PIXELS, targets=[0, 2])).classes == ["0", "1", "2"]
+    assert DatasetSource(Pairs(PIXELS, labels=torch.tensor([0, 1]))).label(1) == 1
+    assert DatasetSource([{"image": PIXELS[0], "label": 3}]).label(0) == 3
+    with pytest.raises(UserError, match="A label is 'x'"):
+        _ = DatasetSource([(PIXELS[0], "x")]).classes
+
+
+def test_a_fault_in_a_dataset_is_told_of_its_item():
+    with pytest.raises(BadImage, match=r"^Broken\[0\] cannot be read: a fault\.$"):
+        DatasetSource(Broken()).read(0)
+    with pytest.raises(BadImage, match=r"is a str, and should be an image"):
+        DatasetSource(["x.png"]).read(0)
+    with pytest.raises(UserError, match="is no dataset"):
+        open_data(iter([]))
+    with pytest.raises(UserError, match="holds no image"):
+        open_data([])
+
+
+class Broken(list):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise RuntimeError("a\nfault")
+
+
+def test_an_unknown_dataset_of_torchvision_names_the_nearest():
+    with pytest.raises(UserError, match="names no dataset of torchvision .* CIFAR10"):
+        open_data("torchvision:CIFAR")
+
+
+def test_a_dataset_that_is_not_here_is_not_fetched(tmp_path):
+    data = open_data(f"torchvision:cifar10:{tmp_path / 'none'}")
+    assert data.parts == ("train", "test") and data.training == "train"
+    with pytest.raises(UserError, match="cannot be read from .*; --download fetches it"):
+        data.open("train")
+    assert not (tmp_path / "none").exists()
+
+
