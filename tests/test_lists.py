@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dino_kit.data.decode import decode
 from dino_kit.data.sources.lists import ListSource
 from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.data.sources.opening import open_data, open_labelled_sources, open_training_source
@@ -172,3 +173,92 @@ def test_a_dataset_that_is_not_here_is_not_fetched(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(head + values.tobytes())
+
+
+def test_a_dataset_of_torchvision_with_a_split(tmp_path):
+    pixels = np.arange(6 * 28 * 28, dtype=np.uint8).reshape(6, 28, 28)
+    for name, part in (("train", pixels[:4]), ("t10k", pixels[4:])):
+        raw = tmp_path / "FashionMNIST" / "raw"
+        write_idx(raw / f"{name}-images-idx3-ubyte", part)
+        write_idx(raw / f"{name}-labels-idx1-ubyte", np.arange(len(part), dtype=np.uint8))
+    path = f"torchvision:FashionMNIST:{tmp_path}"
+    bank, queries = open_labelled_sources(path)
+    assert (len(bank), len(queries)) == (4, 2) and bank.classes[1] == "Trouser"
+    assert np.array_equal(np.asarray(queries.read(1)), pixels[5]) and queries.label(1) == 1
+    assert queries.name(1) == "torchvision:FashionMNIST:test[1]"
+    assert len(open_training_source(path)) == 4
+
+
+def test_a_dataset_of_torchvision_without_a_split(tmp_path):
+    for name in ("Forest", "River"):
+        for number in range(5):
+            path = tmp_path / "eurosat" / "2750" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(PIXELS[number % 2]).save(path)
+    path = f"torchvision:EuroSAT:{tmp_path}"
+    assert len(open_training_source(path)) == 10
+    bank, queries = open_labelled_sources(path)
+    assert bank.classes == ["Forest", "River"] and len(bank) + len(queries) == 10
+
+
+def test_stl10_is_trained_on_its_images_without_labels():
+    data = open_data("torchvision:STL10:nowhere")
+    assert data.training == "unlabeled" and set(data.parts) == {"train", "test", "unlabeled"}
+
+
+def write_parquet(path: Path, labels, column: str = "picture", **features) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [Image.fromarray(np.full((4, 5, 3), 20 * i, np.uint8)) for i in range(len(labels))]
+    kinds = {column: datasets.Image(), **features}
+    table = datasets.Dataset.from_dict(
+        {column: images, **{name: labels for name in features}}, datasets.Features(kinds)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(str(path))
+
+
+def test_a_folder_of_parquet_is_read_by_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kind = datasets.ClassLabel(names=["dog", "cat"])
+    write_parquet(tmp_path / "in" / "train-0.parquet", [1, 0, 1], kind=kind)
+    write_parquet(tmp_path / "in" / "test-0.parquet", [0], kind=kind)
+    bank, queries = open_labelled_sources(f"hf:{tmp_path / 'in'}")
+    assert bank.classes == ["dog", "cat"] and [bank.label(i) for i in range(3)] == [1, 0, 1]
+    assert (len(queries), queries.name(0)) == (1, f"hf:{tmp_path / 'in'}:test[0]")
+    image = decode(bank.read(2), bank.name(2))
+    assert np.array_equal(np.asarray(image), np.full((4, 5, 3), 40, np.uint8))
+    assert contents_of(pickle.loads(pickle.dumps(bank))) == contents_of(bank)
+
+
+def contents_of(source) -> list[tuple]:
+    return [(source.read(i), source.label(i)) for i in range(len(source))]
+
+
+def test_labels_of_datasets_that_are_plain_values(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_parquet(tmp_path / "in" / "x.parquet", ["b", None, "a"], label=datasets.Value("string"))
+    source = open_training_source(f"hf:{tmp_path / 'in'}")
+    assert source.classes == ["a", "b"] and [source.label(i) for i in range(3)] == [1, None, 0]
+
+
+def test_a_table_without_images_says_what_it_has(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "in").mkdir()
+    datasets.Dataset.from_dict({"a": [1], "b": [2]}).to_parquet(str(tmp_path / "in" / "x.parquet"))
+    with pytest.raises(UserError, match="has no column of images among a, b"):
+        open_training_source(f"hf:{tmp_path / 'in'}")
+
+
+def test_a_name_that_is_not_here_is_not_fetched(monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="cannot be read: .*; --download fetches it"):
+        open_data("hf:nobody/nothing-of-this-name")
