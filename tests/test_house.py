@@ -46,6 +46,7 @@ FLOORS = {
     "dino_kit.training.engine": 5,
     "dino_kit.evaluators": 5,
     "dino_kit.report": 5,
+    "dino_kit.preparation": 5,
     "dino_kit.assemble": 6,
     "dino_kit.evaluation": 6,
     "dino_kit.reporting": 6,

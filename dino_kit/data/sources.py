@@ -21,8 +21,9 @@ from dino_kit import log
 from dino_kit.errors import UserError
 from dino_kit.randomness import stream
 
-EXTENSIONS = frozenset(  # those that torchvision lists
-    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = frozenset(  # those that torchvision lists, and three more
+    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+     ".avif", ".gif", ".npy")
 )
 DIGITS, DIGITS_MOVED = "digits", "digits:moved"
 _TRAIN, _QUERIES = "train", ("val", "test")
