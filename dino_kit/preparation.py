@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dino_kit import distributed, log
-from dino_kit.config import fields
 from dino_kit.config.pixels import AUTO
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
@@ -23,8 +22,8 @@ _OF_COLOUR = ("saturation", "hue", "gray_prob")
 
 
 def pixels_of(config: Any) -> Pixels:
-    """What an image becomes, by settings of which ``in_chans``, ``exif`` and so on are part."""
-    return Pixels.from_plain(fields.to_plain(config))
+    """What an image becomes, by the settings of a run, or of a proposed one."""
+    return Pixels(config.in_chans, config.exif, config.value_range)
 
 
 def transform_of(config: TrainConfig) -> EvalTransform:
@@ -94,7 +93,8 @@ def with_normalization(
     where = device if device.type == "cuda" else "cpu"
     found = torch.zeros(2, config.in_chans, dtype=torch.float64, device=where)
     if distributed.is_main():
-        found += torch.tensor(measure(source, pixels_of(config)), device=where)
+        measured = measure(source, pixels_of(config))
+        found += torch.tensor(measured, dtype=torch.float64, device=where)
     mean, std = distributed.all_reduce_sum(found).tolist()  # of the main process alone
     still = [str(place) for place, deviation in enumerate(std, 1) if deviation == 0]
     if still:

@@ -29,7 +29,7 @@ class Pixels:
         None,
         "What black and white are in files of more than 8 bits, such as 0 4095; values beyond are "
         "cut to it.",
-        nothing="0 and the largest number of an unsigned type; 0 and 1 of floats",
+        nothing="0 and the type's largest, of floats 0 and 1",
     )
     normalize: Literal["imagenet", "auto"] | tuple[float, ...] | None = option(
         None,

@@ -62,6 +62,8 @@ def decode(data: bytes | np.ndarray, name: str, pixels: Pixels = RGB) -> Image.I
 
 def _read(data: bytes, pixels: Pixels) -> Image.Image | np.ndarray:
     """A picture, or the channels (C, H, W) of a TIFF of which Pillow would leave some out."""
+    if tiff.is_tiff(data) and pixels.in_chans not in _MODES:
+        return tiff.read(data, pixels.in_chans)
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:

@@ -35,7 +35,7 @@ def leaves_out(image: Image.Image, pixels: Pixels) -> bool:
         return channels != 3 or pixels.value_range is not None
     if samples == 1 and image.n_frames == channels > 1:
         return True
-    return channels > 4 or channels == samples != len(image.getbands())
+    return channels == samples != len(image.getbands())
 
 
 def stored_type(image: Image.Image) -> np.dtype:
