@@ -200,7 +200,8 @@ def test_a_link_that_leads_nowhere_is_named_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     "paths, found",
     [([], "found no files at all"), (["a/"], "found no files at all"),
-     (["1.txt", "a/2.TXT", "b.psd", "c"], "found only 2 × .txt, 1 × .gif, 1 × no extension"),
+     (["1.txt", "a/2.TXT", "3.txt", "b.psd", "b.PSD", "c"],
+     "found only 3 × .txt, 2 × .psd, 1 × no extension"),
      ([".1.png"], "found no files at all")],
 )  # fmt: skip
 def test_a_folder_without_images_says_what_there_is_instead(tmp_path, paths, found):

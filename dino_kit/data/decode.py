@@ -128,8 +128,8 @@ def _values(image: Image.Image) -> np.ndarray:
 
 def _planes(array: np.ndarray, name: str, pixels: Pixels) -> np.ndarray:
     """An array of a file's as channels (C, H, W)."""
-    if array.ndim == 2:
-        array = array[None]
+    if array.ndim == 2 and array.size:
+        return array[None]
     if array.ndim != 3 or not array.size:
         raise UserError(
             f"{name} holds an array of shape {array.shape}, which is no image: that is (height, "
@@ -144,7 +144,10 @@ def _planes(array: np.ndarray, name: str, pixels: Pixels) -> np.ndarray:
             )
         if channels in ends:
             return array if ends[0] == channels else array.transpose(2, 0, 1)
-    return array if ends[0] < ends[1] else array.transpose(2, 0, 1)
+    raise UserError(
+        f"{name} holds an array of shape {array.shape}, and --in_chans {pixels.in_chans} wants its "
+        f"first or last axis to be {pixels.in_chans}; --in_chans {_fitting(min(ends))} fits."
+    )
 
 
 def _bands(planes: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands:
@@ -153,8 +156,7 @@ def _bands(planes: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands
     if channels != pixels.in_chans and not (channels == 1 and pixels.in_chans == 3):
         raise UserError(
             f"{name} has {channels} channel{'s' * (channels > 1)} of {planes.dtype}, and "
-            f"--in_chans is {pixels.in_chans}; --in_chans {'1 or 3' if channels == 1 else channels} "
-            "fits."
+            f"--in_chans is {pixels.in_chans}; --in_chans {_fitting(channels)} fits."
         )
     scaled = pixels.scaled(planes, name)
     if pixels.in_chans != 3:
@@ -162,6 +164,10 @@ def _bands(planes: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands
     levels = (scaled * 255).round().astype(np.uint8)
     levels = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels))
+
+
+def _fitting(channels: int) -> str:
+    return "1 or 3" if channels == 1 else str(channels)
 
 
 def _reason(data: bytes, error: Exception) -> str:
