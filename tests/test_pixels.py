@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -487,3 +489,19 @@ def test_any_damage_gives_an_image_or_a_sentence(data):
         assert isinstance(image, Image.Image if pixels.in_chans == 3 else Bands)
     except UserError:
         sentence(damaged, pixels)
+
+
+def test_what_readers_log_does_not_reach_the_terminal(tmp_path):
+    """A library's record without a handler goes to standard error, and names no file."""
+    (tmp_path / "13.tif").write_bytes(
+        tif(np.zeros((8, 9, 13), np.uint16), planarconfig="contig")
+    )
+    program = (
+        "import sys; from dino_kit.data.decode import decode; from dino_kit.errors import UserError\n"
+        "try: decode(open(sys.argv[1], 'rb').read(), 'it')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "13.tif")], capture_output=True, text=True
+    )
+    assert "has 13 channels" in done.stdout and done.stderr == ""

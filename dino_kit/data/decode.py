@@ -10,6 +10,7 @@ that are no channels, it is the first.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -20,6 +21,9 @@ from dino_kit.data.bands import Bands
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.errors import UserError
 
+# What readers log of a file would reach the terminal without its name; a fault is a sentence.
+for _reader in ("PIL", "tifffile"):
+    logging.getLogger(_reader).addHandler(logging.NullHandler())
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _NPY = b"\x93NUMPY"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dino_kit.data.bands import Bands
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources import DigitsSource, Source
+from dino_kit.data.tiff import is_tiff
 from dino_kit.errors import UserError
 
 _SIZES, _PIXELS = 256, 64  # images whose header, and whose pixels too, are read
@@ -100,7 +100,7 @@ def _header(
                 return image.size, image.format or ""
     except Exception:  # noqa: BLE001  # what Pillow does not read may be an array, or bands
         image = decode(data, name, pixels)
-        return image.size, os.path.splitext(name)[1][1:].upper()
+        return image.size, "TIFF" if is_tiff(data) else "NPY"
 
 
 def _is_gray(image: Image.Image | Bands) -> bool:
