@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +381,18 @@ def test_channels_have_to_be_said(data, tmp_path, capsys):
     assert "--in_chans 13 fits" in capsys.readouterr().err
     with pytest.raises(UserError, match="--in_chans is '0'"):
         cli.parse("train", [*line[1:], "--in_chans", "0"])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same(data, runs, tmp_path):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "launch/train.py", *words(data, 13, tmp_path / "two")[1:]]  # fmt: skip
+    root = Path(__file__).parent.parent
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("normalised as measured") == 1 and done.stderr.count("RGB") == 1
+    assert numbers(tmp_path / "two") == numbers(runs[13])
+    one, other = (files.read_weights(out / "checkpoint.pth")["teacher"] for out in (runs[13], tmp_path / "two"))
+    # The bias of the keys has no gradient, and AdamW magnifies the rounding.
+    for name, tensor in ((n, t) for n, t in one.items() if not n.endswith("attn.qkv.bias")):
+        assert (tensor - other[name]).norm() <= 1e-4 * tensor.norm() + 1e-9, name

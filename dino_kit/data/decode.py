@@ -14,7 +14,7 @@ import logging
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dino_kit.data import tiff
 from dino_kit.data.bands import Bands
@@ -26,6 +26,7 @@ for _reader in ("PIL", "tifffile"):
     logging.getLogger(_reader).addHandler(logging.NullHandler())
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _NPY = b"\x93NUMPY"
+_AVIF = (b"ftypavif", b"ftypavis")
 
 
 def decode(data: bytes | np.ndarray, name: str, pixels: Pixels = RGB) -> Image.Image | Bands:
@@ -178,8 +179,8 @@ def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        if data[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
-            return "it is an AVIF, and this Pillow was built without"
+        if data[4:12] in _AVIF and ".avif" not in Image.registered_extensions():
+            return "it is an AVIF, which this Pillow does not read; a newer one may"
         return "it is in no format that Pillow knows"
     if "imagecodecs" in str(error):
         return f"{error.args[0]}; pip install imagecodecs".replace("<", "").replace(">", "")

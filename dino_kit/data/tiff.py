@@ -62,12 +62,12 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
         pages = math.prod(series.shape) // (height * width * bands)
         if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{width} × {height} pixels could exhaust the memory")
-        if bands == in_chans or (bands > 1 and pages * bands != in_chans) or (
-            in_chans in (1, 3) and pages != in_chans
-        ):
-            array, axes = first.asarray(), first.axes
-        else:
-            array, axes = series.asarray(), series.axes
+        # Where nothing fits, what comes nearest, of which a sentence can tell.
+        all_pages = bands != in_chans and (
+            pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
+        )
+        part = series if all_pages else first
+        array, axes = part.asarray(), part.axes
         orientation = first.tags.valueof(_ORIENTATION, default=1)
     order = [place for place, axis in enumerate(axes) if axis not in "YX"]
     array = array.transpose(*order, axes.index("Y"), axes.index("X"))
