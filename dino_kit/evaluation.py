@@ -32,11 +32,15 @@ def load_checkpoint(config: Checkpoint) -> Loaded:
         config.checkpoint_key,
         arch=config.arch,
         patch_size=config.patch_size,
+        in_chans=config.in_chans,
         embed_dim=config.embed_dim,
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         mlp_grid=config.mlp_grid,
+        exif=config.exif,
+        value_range=config.value_range,
+        normalize=config.normalize,
     )
     log.say(loaded.summary())
     return loaded
@@ -93,13 +97,9 @@ def labelled_sources(config: Labelled, target: Path) -> tuple[Source, Source]:
 def described(transform: EvalTransform) -> dict[str, Any]:
     """``transform`` as plain data, for a record."""
     resize, crop = eval_sizes(transform.image_size)
-    return {
-        "resize": resize,
-        "interpolation": "bicubic",
-        "center_crop": crop,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-    }
+    plain = transform.plain()
+    del plain["image_size"]
+    return {"resize": resize, "interpolation": "bicubic", "center_crop": crop, **plain}
 
 
 def data_flags(config: Labelled) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dino_kit.config import fields
+from dino_kit.config.pixels import AUTO
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.errors import UserError
 from dino_kit.training import checkpoint
@@ -39,7 +40,8 @@ def find_checkpoint(
     changed = [
         f"{name} was {old} and is now {new}"
         for name, old, new in fields.differences(
-            _with_one_precision(before, device), _with_one_precision(config, device)
+            _with_one_precision(before, device),
+            _with_one_precision(_with_measured(config, before), device),
         )
         if name not in RESUMABLE
     ]
@@ -53,6 +55,14 @@ def find_checkpoint(
             "another --output_dir, or --resume never to begin again in this one."
         )
     return saved
+
+
+def _with_measured(config: TrainConfig, before: TrainConfig) -> TrainConfig:
+    """``config`` with the numbers that the run has measured, where it is to measure them."""
+    auto = config.normalize == AUTO or config.normalize is None and config.in_chans != 3
+    if auto and isinstance(before.normalize, tuple):
+        return replace(config, normalize=before.normalize)
+    return config
 
 
 def _with_one_precision(config: TrainConfig, device: torch.device) -> TrainConfig:

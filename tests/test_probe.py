@@ -23,6 +23,7 @@ from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.probe import Probe, evenly, sentence
 from dino_kit.features import embed, extract
 from dino_kit.training import checkpoint
+from dino_kit.weights import EvalTransform
 
 VIEWS = [View(size=8, scale=(0.5, 1.0)), View(size=8, scale=(0.25, 1.0))]
 SMALL = (
@@ -49,8 +50,8 @@ def backbone():
 def probe(folder, labelled=True, source=None) -> Probe:
     pair = (DigitsSource("train"), DigitsSource("test")) if labelled else None
     return Probe(
-        source or DigitsSource("train"), pair, views=VIEWS, seed=3, image_size=8, folder=folder,
-        device=torch.device("cpu"),
+        source or DigitsSource("train"), pair, views=VIEWS, seed=3, transform=EvalTransform(8),
+        folder=folder, device=torch.device("cpu"),
     )  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def test_an_image_in_the_root_itself_takes_the_labels_away(tmp_path):
 
 
 def test_the_extensions_are_torchvisions_in_any_case(tmp_path):
-    assert set(IMG_EXTENSIONS) == EXTENSIONS
-    names = {f"1{extension}" for extension in IMG_EXTENSIONS}
-    names |= {f"2{extension.upper()}" for extension in IMG_EXTENSIONS}
+    assert {*IMG_EXTENSIONS, ".avif", ".gif", ".npy"} == EXTENSIONS
+    names = {f"1{extension}" for extension in EXTENSIONS}
+    names |= {f"2{extension.upper()}" for extension in EXTENSIONS}
     fill(tmp_path, *names, "notes.txt", "png", "a.png.gz", "noextension")
     assert set(FolderSource(tmp_path).names) == names
 
@@ -194,7 +194,8 @@ def test_a_link_that_leads_nowhere_is_named_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     "paths, found",
     [([], "found no files at all"), (["a/"], "found no files at all"),
-     (["1.txt", "a/2.TXT", "b.gif", "c"], "found only 2 × .txt, 1 × .gif, 1 × no extension"),
+     (["1.txt", "a/2.TXT", "3.txt", "b.psd", "b.PSD", "c"],
+     "found only 3 × .txt, 2 × .psd, 1 × no extension"),
      ([".1.png"], "found no files at all")],
 )  # fmt: skip
 def test_a_folder_without_images_says_what_there_is_instead(tmp_path, paths, found):

@@ -502,17 +502,20 @@ def test_an_architecture_of_later_is_known_and_refused_in_a_sentence(tmp_path, c
 
 
 def _negative(image, parameters):
-    """A rendering of one's own: pixels already prepared, so they are not normalised again."""
+    """A rendering of one's own, to floats, which are pixels from 0 to 1."""
     crop = augment.resized_crop(image, parameters.box, parameters.size)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1) / -255.0
+    return 1 - torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255.0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_from_python_a_view_takes_any_callable(pictures, tmp_path, workers):
-    config = cli.parse("train", words(pictures, tmp_path, "--num_workers", workers)[1:])
+    flags = ("--num_workers", workers, "--normalize", 1, 0.5)
+    config = cli.parse("train", words(pictures, tmp_path, *flags)[1:])
     views = [[replace(view, render=_negative) for view in group] for group in view_groups(config)]
     run = assemble(config, views=views)
     batches = next(iter(run.loader))
-    assert all(-1 <= group.min() and group.max() <= 0 for group in run.prepare(batches[0]).groups)
+    assert all(group.dtype == torch.float32 for group in batches[0].groups)
+    for group in run.prepare(batches[0]).groups:  # (x - 1) / 0.5 of x in [0, 1]
+        assert -2 <= group.min() < -1 < group.max() <= 0
     run.train()
     assert metrics(tmp_path)[-1]["step"] == STEPS

@@ -15,6 +15,7 @@ from torch import nn
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
+from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.folder import FolderSource
 from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
@@ -66,7 +67,7 @@ def run(config: AttentionConfig) -> None:
             log.notice(f"{error} It is left out.")
             advance(1)
 
-        pictures = _pictures(images, target, leave_out)
+        pictures = _pictures(images, target, transform.pixels, leave_out)
         options = {
             "image_size": image_size,
             "mean": transform.mean,
@@ -85,8 +86,7 @@ def run(config: AttentionConfig) -> None:
         "maps": list(kinds),
         "image_size": list(image_size),
         "interpolation": "bilinear",
-        "mean": list(transform.mean),
-        "std": list(transform.std),
+        **{name: value for name, value in transform.plain().items() if name != "image_size"},
         "threshold": config.threshold,
         "device": str(device),
         **evaluation.origin(loaded),
@@ -155,12 +155,15 @@ def _target(config: AttentionConfig, loaded: Loaded) -> Path:
 
 
 def _pictures(
-    images: dict[str, str], target: Path, leave_out: Callable[[UserError], object]
+    images: dict[str, str],
+    target: Path,
+    pixels: Pixels,
+    leave_out: Callable[[UserError], object],
 ) -> Iterator[Picture]:
     """Each image as it is needed, without those that cannot be read."""
     for name, path in images.items():
         try:
-            image = decode(read_file(path), path)
+            image = decode(read_file(path), path, pixels)
         except UserError as error:
             leave_out(error)
             continue

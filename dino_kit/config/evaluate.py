@@ -44,6 +44,21 @@ class Checkpoint:
         None, "How a ResMLP sees images of another size than it was trained at, likewise.",
         nothing="the checkpoint's",
     )
+    in_chans: int | None = option(
+        None, "Channels of the images, likewise.", low=1, nothing="the checkpoint's"
+    )
+    exif: Literal["ignore", "apply"] | None = option(
+        None, "Whether pictures are turned as their EXIF says, likewise.",
+        nothing="the checkpoint's, else ignore",
+    )
+    value_range: tuple[float, float] | None = option(
+        None, "What black and white are in files of more than 8 bits, likewise.",
+        nothing="the checkpoint's, else by the type of the numbers",
+    )
+    normalize: Literal["imagenet"] | tuple[float, ...] | None = option(
+        None, "Mean and deviation of the channels, likewise.",
+        nothing="the checkpoint's, else imagenet of 3 channels",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
     output_dir: str | None = option(
         None, "Folder to write to.", nothing="beside the checkpoint"

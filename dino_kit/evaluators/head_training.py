@@ -82,6 +82,7 @@ class HeadTraining:
             epochs=self.epochs,
             total_batch_size=self.total_batch_size,
             batch_size_per_gpu=self.batch_size_per_gpu,
+            pixels=self.transform.pixels,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=self.num_workers,
@@ -197,15 +198,13 @@ class HeadTraining:
 
     def _identity(self) -> dict[str, Any]:
         """What makes this training another than any other, as plain data."""
-        transform = self.transform._asdict()
         return {
             "classes": self.train.classes,
             "features": {
                 "n_last_blocks": self.features.n_last_blocks,
                 "avgpool_patchtokens": self.features.avgpool_patchtokens,
             },
-            "transform": {name: list(value) if isinstance(value, tuple) else value
-                          for name, value in transform.items()},
+            "transform": self.transform.plain(),
             "protocol": {
                 "epochs": self.epochs,
                 "lr": self.lr,
@@ -232,6 +231,7 @@ class HeadTraining:
                 f"{self.path} was not written by dino-kit linear, so a training cannot go on from "
                 "it; give another --output_dir."
             )
+        saved["transform"] = EvalTransform.from_plain(saved["transform"]).plain()
         changed = [
             f"{name} was {saved[group].get(name)} and is now {value}"
             for group in ("features", "transform", "protocol")

@@ -43,9 +43,12 @@ class DatasetSource:
     def read(self, index: int) -> bytes | np.ndarray | Image.Image:
         image, _ = self._item(index)
         if hasattr(image, "detach"):  # a tensor of PyTorch
-            pixels = image.detach().cpu().numpy()
-            return pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
-        if isinstance(image, (bytes, np.ndarray, Image.Image)):
+            image = image.detach().cpu().numpy()
+            image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+        if isinstance(image, np.ndarray):
+            # As float32 it would count as prepared, and its values would not be looked at.
+            return image.astype(np.float64) if image.dtype == np.float32 else image
+        if isinstance(image, (bytes, Image.Image)):
             return image
         raise BadImage(
             f"{self.name(index)} is a {type(image).__name__}, and should be an image of PIL's, an "

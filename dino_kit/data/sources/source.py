@@ -14,9 +14,10 @@ import numpy as np
 
 from dino_kit.errors import BadImage, UserError
 
-EXTENSIONS = frozenset(  # those that torchvision lists
-    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-)
+EXTENSIONS = frozenset(  # those that torchvision lists, and three more
+    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+     ".avif", ".gif", ".npy")
+)  # fmt: skip
 
 
 class Source(Protocol):
