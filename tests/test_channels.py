@@ -29,12 +29,7 @@ from dino_kit.features import embed
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from dino_kit.normalize import statistics as mean_and_std
 
-TINY = (
-    "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
-    "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --total_batch_size 8 --num_workers 0 --epochs 1 --warmup_epochs 0 "
-    "--lr 0.05 --log_every_steps 1 --device cpu"
-).split()
+TINY = ["--arch", "vit", "--embed_dim", "24", "--depth", "2", "--num_heads", "2", "--patch_size", "4", "--global_crops_size", "16", "--local_crops_size", "8", "--local_crops_number", "2", "--out_dim", "32", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16", "--total_batch_size", "8", "--num_workers", "0", "--epochs", "1", "--warmup_epochs", "0", "--lr", "0.05", "--log_every_steps", "1", "--device", "cpu"]
 IMAGES = 20
 
 
@@ -286,6 +281,26 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(data, runs, capsys, f
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_what_a_run_did_not_set_is_said_too(data, runs, capsys):
+    line = ["knn", str(runs[1]), "--data_path", str(data[1])]
+    assert cli.main([*line, "--value_range", "0", "4095"]) == 2
+    said = capsys.readouterr().err
+    assert "--value_range 0 4095 contradicts" in said and "says value_range none" in said
+
+
+def test_a_run_of_before_takes_what_is_said(runs, tmp_path):
+    """Its config has no word on pixels."""
+    content = files.read_weights(runs[1] / "checkpoint.pth")
+    for name in ("exif", "value_range", "normalize", "in_chans"):
+        del content["config"][name]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    found = weights.load(tmp_path, exif="apply", value_range=(0, 4095), normalize=(0.5, 0.25)).transform
+    assert found.pixels == Pixels(1, "apply", (0, 4095)) and found.mean == (0.5,)
+    assert weights.load(tmp_path).transform.mean is None
+    with pytest.raises(UserError, match="give --normalize MEAN STD"):
+        Normalize(*weights.load(tmp_path).transform[1:3])
+
+
 def test_flags_that_agree_are_welcome(data, runs):
     normalize = [str(number) for number in numbers(runs[13])]
     flags = ["--in_chans", "13", "--exif", "ignore", "--value_range", "0", "10000", "--normalize", *normalize]
@@ -304,6 +319,11 @@ def test_bare_weights_of_other_channels_need_mean_and_deviation(data, runs, tmp_
     assert cli.main([*line, "--normalize", *map(str, numbers(runs[1]))]) == 0
     found = json.loads((tmp_path / "knn_bare.json").read_text())
     assert cli.main(["knn", str(runs[1]), *line[2:4], *line[6:]]) == 0
+    linear = ["linear", str(tmp_path / "bare.pth"), *line[2:], "--normalize", *map(str, numbers(runs[1]))]
+    assert cli.main([*linear, "--epochs", "1"]) == 0
+    picture = next((data[1] / "class0").iterdir())
+    classifier = dino_kit.load_classifier(tmp_path / "checkpoint_linear_bare.pth")
+    assert classifier.transform.mean == (numbers(runs[1])[0],) and classifier.predict([picture])
     assert found["results"] == json.loads((runs[1] / "knn.json").read_text())["results"]
 
 

@@ -469,6 +469,12 @@ def test_arrays_of_a_source_are_rgb_images_or_bands_already():
     np.testing.assert_array_equal((decode(rgb, "it", GRAYS).planes[0] * 255).round(), gray)
     floats = np.random.default_rng(0).random((5, 6, 13), dtype=np.float32)
     np.testing.assert_array_equal(np.asarray(decode(floats, "it", Pixels(13))), floats)
+    # No second scaling of what is scaled already; three channels are of 8 bits here too.
+    ranged = decode(floats, "it", Pixels(13, value_range=(0.0, 10000.0)))
+    np.testing.assert_array_equal(np.asarray(ranged), floats)
+    three = decode(floats[..., :3], "it")
+    assert three.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(three), (floats[..., :3] * 255).round())
 
 
 def test_a_picture_that_is_open_already_becomes_the_same():

@@ -39,6 +39,11 @@ class Pixels:
         nothing="imagenet of 3 channels, else auto",
     )
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether mean and deviation are to be measured on the images."""
+        return self.normalize == AUTO or (self.normalize is None and self.in_chans != 3)
+
     def check(self) -> None:
         check_value_range(self.value_range)
         check_normalize(self.normalize, self.in_chans)

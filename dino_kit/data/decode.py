@@ -43,7 +43,8 @@ def decode(data: bytes | np.ndarray, name: str, pixels: Pixels = RGB) -> Image.I
     """
     if isinstance(data, np.ndarray):
         if data.dtype == np.float32:
-            return Bands(data.transpose(2, 0, 1))
+            planes = data.transpose(2, 0, 1)
+            return Bands(planes) if pixels.in_chans != 3 else _rgb(planes)
         return convert(Image.fromarray(data), name, pixels)
     try:
         with warnings.catch_warnings():
@@ -164,9 +165,12 @@ def _bands(planes: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands
             f"--in_chans is {pixels.in_chans}; --in_chans {_fitting(channels)} fits."
         )
     scaled = pixels.scaled(planes, name)
-    if pixels.in_chans != 3:
-        return Bands(scaled)
-    levels = (scaled * 255).round().astype(np.uint8)
+    return Bands(scaled) if pixels.in_chans != 3 else _rgb(scaled)
+
+
+def _rgb(planes: np.ndarray) -> Image.Image:
+    """Three channels in [0, 1], or one for all, (C, H, W), as 8 bits."""
+    levels = (planes * 255).round().astype(np.uint8)
     levels = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels))
 
