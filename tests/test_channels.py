@@ -339,6 +339,24 @@ def test_a_run_of_before_takes_what_is_said(runs, tmp_path):
         Normalize(*weights.load(tmp_path).transform[1:3])
 
 
+def test_a_linear_layer_of_before_goes_on(data, tmp_path, capsys):
+    """Its file has no word on pixels either, which were RGB."""
+    out, flags = str(tmp_path), ["--device", "cpu", "--num_workers", "0"]
+    assert cli.main(words(data, 4, out, "--in_chans", 3, "--probe_freq", 0)) == 0
+    line = ["linear", out, "--data_path", str(data[4]), "--epochs", "1", *flags]
+    assert cli.main(line) == 0
+    head = tmp_path / "checkpoint_linear.pth"
+    content = files.read_weights(head)
+    assert content["transform"]["in_chans"] == 3
+    for name in ("in_chans", "exif", "value_range"):
+        del content["transform"][name]
+    torch.save(content, head)
+    capsys.readouterr()
+    assert cli.main(line) == 0
+    assert "holds this training already" in capsys.readouterr().out
+    assert dino_kit.load_classifier(tmp_path).transform.pixels == Pixels()
+
+
 def test_flags_that_agree_are_welcome(data, runs):
     normalize = [str(number) for number in numbers(runs[13])]
     flags = [

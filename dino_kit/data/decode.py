@@ -92,7 +92,7 @@ def _is_cut_to_8_bits(png: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+    image.load()  # broken pixels are a fault
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  # notes that cannot be read say nothing
