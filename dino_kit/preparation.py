@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dino_kit import distributed, log
-from dino_kit.config.pixels import AUTO
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.pixels import Pixels
@@ -84,8 +83,7 @@ def with_normalization(
     Raises:
         UserError: an image of the sample cannot be read.
     """
-    asked = config.normalize or (None if config.in_chans == 3 else AUTO)
-    if asked != AUTO:
+    if not config.is_measured:
         return config
     if saved:
         return replace(config, normalize=tuple(saved["config"]["normalize"]))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dino_kit.config import fields
-from dino_kit.config.pixels import AUTO
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.errors import UserError
 from dino_kit.training import checkpoint
@@ -59,8 +58,7 @@ def find_checkpoint(
 
 def _with_measured(config: TrainConfig, before: TrainConfig) -> TrainConfig:
     """``config`` with the numbers that the run has measured, where it is to measure them."""
-    auto = config.normalize == AUTO or config.normalize is None and config.in_chans != 3
-    if auto and isinstance(before.normalize, tuple):
+    if config.is_measured and isinstance(before.normalize, tuple):
         return replace(config, normalize=before.normalize)
     return config
 

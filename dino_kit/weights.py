@@ -19,7 +19,7 @@ from dino_kit import files
 from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.recognition import some
-from dino_kit.config.pixels import check_normalize, check_value_range
+from dino_kit.config.pixels import AUTO, check_normalize, check_value_range
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
@@ -204,30 +204,31 @@ def _transform(
     path: Path,
 ) -> EvalTransform:
     """How images are prepared: as the file says, where it does, else as the caller says."""
-    given = {"exif": exif, "value_range": value_range and list(value_range)}
-    given = {name: value for name, value in given.items() if value is not None}
     channels = sizes["in_chans"]
     check_value_range(value_range)
     check_normalize(normalize, channels)
-    pixels = Pixels.from_plain({**given, **said, "in_chans": channels})
-    # What a run was not told is said too, by what stands for it.
+    given = {"exif": exif, "value_range": value_range, "normalize": normalize}
+    # A run that knew of these settings says all of them; what is missing there was not set.
     told = "exif" in said
-    for name, value in given.items():
-        if told and value != pixels.plain()[name]:
-            _contradict(name, value, pixels.plain()[name], path)
-    known = said.get("normalize") if told else normalize
-    if known is None and channels != 3:
-        mean = std = None
-    else:
-        mean, std = statistics(known, channels)
-    if told and normalize is not None and statistics(normalize, channels) != (mean, std):
-        _contradict("normalize", normalize, [*mean, *std], path)
-    return EvalTransform(said.get("global_crops_size") or sizes["image_size"], mean, std, pixels)
+    known = said if told else given
+    check_normalize(known.get("normalize"), channels)
+    pixels = Pixels.from_plain({**known, "in_chans": channels})
+    mean, std = None, None
+    if channels == 3 or known.get("normalize") not in (None, AUTO):
+        mean, std = statistics(known.get("normalize"), channels)
+    found = EvalTransform(said.get("global_crops_size") or sizes["image_size"], mean, std, pixels)
+    if exif not in (None, pixels.exif):
+        _contradict("exif", exif, pixels.exif, path)
+    if value_range is not None and tuple(value_range) != pixels.value_range:
+        _contradict("value_range", value_range, pixels.value_range, path)
+    if normalize is not None and statistics(normalize, channels) != (mean, std):
+        _contradict("normalize", normalize, (*(mean or ()), *(std or ())) or None, path)
+    return found
 
 
 def _contradict(name: str, given: Any, said: Any, path: Path) -> NoReturn:
     given, said = (
-        " ".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else value
+        " ".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else value or "none"
         for value in (given, said)
     )
     raise UserError(f"--{name} {given} contradicts {path}, which says {name} {said}.")

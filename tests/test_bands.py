@@ -79,7 +79,12 @@ def test_contrast_spreads_about_the_mean_of_all_channels(factor):
 def test_a_resized_crop_agrees_with_pillows_up_to_its_rounding(height, width, size, data):
     top = data.draw(st.integers(0, height - 1))
     left = data.draw(st.integers(0, width - 1))
-    box = (top, left, data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left)))
+    box = (
+        top,
+        left,
+        data.draw(st.integers(1, height - top)),
+        data.draw(st.integers(1, width - left)),
+    )
     image = rgb(height, width)
     for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
         found = augment.resized_crop(bands(image), box, size, resample)
@@ -141,7 +146,9 @@ def test_a_turn_is_counter_clockwise_for_both_kinds():
     for quarters in (1, 2, 3):
         expected = np.rot90(np.asarray(image), quarters)
         np.testing.assert_array_equal(np.asarray(augment.turn(image, quarters)), expected)
-        assert differs(augment.turn(bands(image), quarters), Image.fromarray(expected.copy())) < 1e-4
+        assert (
+            differs(augment.turn(bands(image), quarters), Image.fromarray(expected.copy())) < 1e-4
+        )
 
 
 # To look at
@@ -177,7 +184,9 @@ def test_a_box_that_is_not_resized_is_as_large_as_the_crop_and_lies_anywhere():
     view = View(8, None, vflip_prob=0.5)
     boxes = [sample_crop(view, 20, 11, stream("box", i)).box for i in range(500)]
     assert {box[2:] for box in boxes} == {(8, 8)}
-    assert {box[0] for box in boxes} == set(range(13)) and {box[1] for box in boxes} == set(range(4))
+    assert {box[0] for box in boxes} == set(range(13)) and {box[1] for box in boxes} == set(
+        range(4)
+    )
     assert sample_crop(view, 8, 8, stream("box", 0)).box == (0, 0, 8, 8)
     image = rgb(20, 11)
     crop = sample_crop(View(8, None, jitter_prob=0, gray_prob=0, blur_prob=0, flip_prob=0), 20, 11,

@@ -78,7 +78,11 @@ def write_satellite(path: Path, number: int) -> None:
         tifffile.imwrite(f"{path}.tif", values, photometric="minisblack")
 
 
-KINDS = {1: (write_gray, ()), 4: (write_alpha, ()), 13: (write_satellite, ("--value_range", "0", "10000"))}
+KINDS = {
+    1: (write_gray, ()),
+    4: (write_alpha, ()),
+    13: (write_satellite, ("--value_range", "0", "10000")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +127,10 @@ def test_channels_go_from_end_to_end(data, runs, channels, tmp_path, capsys):
     assert record["transform"]["std"] == numbers(out)[half:]
     assert record["transform"]["value_range"] == ([0, 10000] if channels == 13 else None)
 
-    assert cli.main(["linear", str(out), "--data_path", root, "--epochs", "2", "--lr", "1", *flags]) == 0
+    assert (
+        cli.main(["linear", str(out), "--data_path", root, "--epochs", "2", "--lr", "1", *flags])
+        == 0
+    )
     assert cli.main(["linear", str(out), "--evaluate", "--val_data", root, *flags]) == 0
     trained = json.loads((out / "linear.json").read_text())
     assert trained["results"]["last"]["top1"] is not None
@@ -141,7 +148,10 @@ def test_channels_go_from_end_to_end(data, runs, channels, tmp_path, capsys):
     assert cli.main(["attention", str(out), "--image_path", str(picture), "--maps", "similarity",
                      "--output_dir", str(similarity), "--device", "cpu"]) == 0  # fmt: skip
     assert (similarity / "overlay-similarity.png").is_file()
-    assert cli.main(["report", str(out), "--output", str(tmp_path / "report.html"), "--device", "cpu"]) == 0
+    assert (
+        cli.main(["report", str(out), "--output", str(tmp_path / "report.html"), "--device", "cpu"])
+        == 0
+    )
     page = (tmp_path / "report.html").read_text()
     assert "in_chans" in page and "cannot" not in capsys.readouterr().err
 
@@ -166,7 +176,9 @@ def test_the_recipe_in_the_folder_repeats_the_run(runs, tmp_path):
     assert written["normalize"] == tuple(numbers(runs[13])) and written["in_chans"] == 13
     again = ["train", str(runs[13] / "config.yaml"), "--output_dir", str(tmp_path)]
     assert cli.main(again) == 0
-    one, other = (files.read_weights(out / "checkpoint.pth")["teacher"] for out in (runs[13], tmp_path))
+    one, other = (
+        files.read_weights(out / "checkpoint.pth")["teacher"] for out in (runs[13], tmp_path)
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -220,7 +232,15 @@ def test_rgb_images_are_measured_too_from_a_sample_spread_evenly(tmp_path, monke
 def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, capsys):
     for n in range(8):
         Image.new("RGBA", (20, 20), (30 * n, 255 - 20 * n, 5 * n, 255)).save(tmp_path / f"{n}.png")
-    line = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--in_chans", "4", *TINY]
+    line = [
+        "--data_path",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--in_chans",
+        "4",
+        *TINY,
+    ]
     run = assemble(cli.parse("train", line))
     assert run.config.normalize[3] == 1.0 and run.config.normalize[7] == 1.0
     assert "Channel 4 has the same value" in capsys.readouterr().err
@@ -229,7 +249,15 @@ def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, capsys)
 def test_an_image_that_cannot_be_measured_is_named(tmp_path, capsys):
     for n in range(8):
         np.save(tmp_path / f"{n}.npy", np.full((20, 20), n / 4, np.float32))
-    line = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--in_chans", "1", *TINY]
+    line = [
+        "--data_path",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--in_chans",
+        "1",
+        *TINY,
+    ]
     assert cli.main(["train", *line]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path}/5.npy holds floats from 1.25 to 1.25" in said and said.count("\n") == 1
@@ -278,7 +306,10 @@ def test_a_checkpoint_says_what_images_become(runs):
         (("--value_range", "0", "1"), "--value_range 0 1 contradicts .* value_range 0 10000"),
         (("--normalize", "0.5", "0.25"), "--normalize 0.5 0.25 contradicts .* says normalize 0"),
         (("--normalize", "imagenet"), "--normalize imagenet is for 3 channels, and there are 13"),
-        (("--normalize", "1", "2", "3"), "got 3 numbers; for 13 channels it takes 2"),
+        (
+            ("--normalize", "1", "2", "3"),
+            "of 13 channels takes 2 numbers, a mean and a deviation, or 26",
+        ),
     ],
 )
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(data, runs, capsys, flags, said):
@@ -286,10 +317,69 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(data, runs, capsys, f
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_what_a_run_did_not_set_is_said_too(data, runs, capsys):
+    line = ["knn", str(runs[1]), "--data_path", str(data[1])]
+    assert cli.main([*line, "--value_range", "0", "4095"]) == 2
+    said = capsys.readouterr().err
+    assert "--value_range 0 4095 contradicts" in said and "says value_range none" in said
+
+
+def test_a_run_of_before_takes_what_is_said(runs, tmp_path):
+    """Its config has no word on pixels."""
+    content = files.read_weights(runs[1] / "checkpoint.pth")
+    for name in ("exif", "value_range", "normalize", "in_chans"):
+        del content["config"][name]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    found = weights.load(
+        tmp_path, exif="apply", value_range=(0, 4095), normalize=(0.5, 0.25)
+    ).transform
+    assert found.pixels == Pixels(1, "apply", (0, 4095)) and found.mean == (0.5,)
+    assert weights.load(tmp_path).transform.mean is None
+    with pytest.raises(UserError, match="give --normalize MEAN STD"):
+        Normalize(*weights.load(tmp_path).transform[1:3])
+
+
+def test_a_linear_layer_of_before_goes_on(data, tmp_path, capsys):
+    """Its file has no word on pixels either, which were RGB."""
+    out, flags = str(tmp_path), ["--device", "cpu", "--num_workers", "0"]
+    assert cli.main(words(data, 4, out, "--in_chans", 3, "--probe_freq", 0)) == 0
+    line = ["linear", out, "--data_path", str(data[4]), "--epochs", "1", *flags]
+    assert cli.main(line) == 0
+    head = tmp_path / "checkpoint_linear.pth"
+    content = files.read_weights(head)
+    assert content["transform"]["in_chans"] == 3
+    for name in ("in_chans", "exif", "value_range"):
+        del content["transform"][name]
+    torch.save(content, head)
+    capsys.readouterr()
+    assert cli.main(line) == 0
+    assert "holds this training already" in capsys.readouterr().out
+    assert dino_kit.load_classifier(tmp_path).transform.pixels == Pixels()
+
+
 def test_flags_that_agree_are_welcome(data, runs):
     normalize = [str(number) for number in numbers(runs[13])]
-    flags = ["--in_chans", "13", "--exif", "ignore", "--value_range", "0", "10000", "--normalize", *normalize]
-    line = ["knn", str(runs[13]), "--data_path", str(data[13]), "--device", "cpu", "--num_workers", "0"]
+    flags = [
+        "--in_chans",
+        "13",
+        "--exif",
+        "ignore",
+        "--value_range",
+        "0",
+        "10000",
+        "--normalize",
+        *normalize,
+    ]
+    line = [
+        "knn",
+        str(runs[13]),
+        "--data_path",
+        str(data[13]),
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
     assert cli.main([*line, *flags]) == 0
 
 
@@ -304,6 +394,17 @@ def test_bare_weights_of_other_channels_need_mean_and_deviation(data, runs, tmp_
     assert cli.main([*line, "--normalize", *map(str, numbers(runs[1]))]) == 0
     found = json.loads((tmp_path / "knn_bare.json").read_text())
     assert cli.main(["knn", str(runs[1]), *line[2:4], *line[6:]]) == 0
+    linear = [
+        "linear",
+        str(tmp_path / "bare.pth"),
+        *line[2:],
+        "--normalize",
+        *map(str, numbers(runs[1])),
+    ]
+    assert cli.main([*linear, "--epochs", "1"]) == 0
+    picture = next((data[1] / "class0").iterdir())
+    classifier = dino_kit.load_classifier(tmp_path / "checkpoint_linear_bare.pth")
+    assert classifier.transform.mean == (numbers(runs[1])[0],) and classifier.predict([picture])
     assert found["results"] == json.loads((runs[1] / "knn.json").read_text())["results"]
 
 
@@ -313,9 +414,13 @@ def test_a_turned_picture_has_the_features_of_the_upright_one_where_exif_applies
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "1.png", exif=exif)
-    backbone = create_backbone("vit", patch_size=4, image_size=16, embed_dim=24, depth=1, num_heads=2)
+    backbone = create_backbone(
+        "vit", patch_size=4, image_size=16, embed_dim=24, depth=1, num_heads=2
+    )
     source = FolderSource(tmp_path)
-    first, second = embed(backbone, source, image_size=16, pixels=Pixels(exif="apply"), description="")
+    first, second = embed(
+        backbone, source, image_size=16, pixels=Pixels(exif="apply"), description=""
+    )
     torch.testing.assert_close(first, second)
     first, second = embed(backbone, source, image_size=16, description="")
     assert not torch.allclose(first, second, atol=1e-3)
@@ -330,14 +435,18 @@ def test_workers_change_nothing_of_the_crops(data, tmp_path, workers):
     assert 0 <= batch.groups[0].min() < batch.groups[0].max() <= 1
     alone = assemble(cli.parse("train", words(data, 13, tmp_path, *flags, "--num_workers", 0)[1:]))
     [expected], *_ = alone.loader
-    assert all(torch.equal(one, other) for one, other in zip(batch.groups, expected.groups, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(batch.groups, expected.groups, strict=True)
+    )
 
 
 def test_crops_that_are_not_resized_name_the_image_that_is_too_small(data, tmp_path, capsys):
     flags = ("--crop_without_resize", "true", "--normalize", 0.5, 0.25)
     assert cli.main(words(data, 4, tmp_path / "fits", *flags, "--probe_freq", 0)) == 0
     Image.new("RGBA", (15, 40)).save(tmp_path / "small.png")
-    line = words({4: tmp_path}, 4, tmp_path / "out", *flags, "--total_batch_size", 1, "--probe_freq", 0)
+    line = words(
+        {4: tmp_path}, 4, tmp_path / "out", *flags, "--total_batch_size", 1, "--probe_freq", 0
+    )
     assert cli.main(line) == 2
     said = capsys.readouterr().err
     assert "small.png is of 15 × 40 pixels, too few for a crop of 16 × 16" in said
@@ -392,7 +501,10 @@ def test_two_processes_measure_the_same(data, runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("normalised as measured") == 1 and done.stderr.count("RGB") == 1
     assert numbers(tmp_path / "two") == numbers(runs[13])
-    one, other = (files.read_weights(out / "checkpoint.pth")["teacher"] for out in (runs[13], tmp_path / "two"))
+    one, other = (
+        files.read_weights(out / "checkpoint.pth")["teacher"]
+        for out in (runs[13], tmp_path / "two")
+    )
     # The bias of the keys has no gradient, and AdamW magnifies the rounding.
     for name, tensor in ((n, t) for n, t in one.items() if not n.endswith("attn.qkv.bias")):
         assert (tensor - other[name]).norm() <= 1e-4 * tensor.norm() + 1e-9, name

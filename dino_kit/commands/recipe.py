@@ -16,7 +16,6 @@ import torch
 from dino_kit import distributed, files, log
 from dino_kit.assemble import Prepare, build_learner, build_loader, view_groups
 from dino_kit.config import fields
-from dino_kit.config.pixels import Pixels
 from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.loader import default_workers, usable_cores
@@ -123,8 +122,8 @@ def _try(
     settings = settings_of(candidate, survey)
     config = fields.from_plain(
         TrainConfig,
-        {**settings, **dict(request.pixels), "data_path": "-", "output_dir": "-", "num_workers": 0, "epochs": 100,
-         "freeze_last_layer": 0},
+        {**settings, **dict(request.pixels), "data_path": "-", "output_dir": "-",
+         "num_workers": 0, "epochs": 100, "freeze_last_layer": 0},
     )  # fmt: skip
 
     def load(images: int) -> Sequence[Any]:
@@ -147,7 +146,8 @@ def _try(
 
 
 def _unusual_pixels(config: RecipeConfig) -> tuple[tuple[str, Any], ...]:
-    given = {field.name: getattr(config, field.name) for field in dataclass_fields(Pixels)}
+    names = ("in_chans", "exif", "value_range", "normalize")
+    given = {name: getattr(config, name) for name in names}
     return tuple(
         (name, value) for name, value in given.items() if value != getattr(TrainConfig, name)
     )

@@ -39,6 +39,11 @@ class Pixels:
         nothing="imagenet of 3 channels, else auto",
     )
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether mean and deviation are to be measured on the images."""
+        return self.normalize == AUTO or (self.normalize is None and self.in_chans != 3)
+
     def check(self) -> None:
         check_value_range(self.value_range)
         check_normalize(self.normalize, self.in_chans)
@@ -65,15 +70,14 @@ def check_normalize(normalize: str | Sequence[float] | None, in_chans: int) -> N
             )
         return
     if len(normalize) not in (2, 2 * in_chans):
+        of = "1 channel" if in_chans == 1 else f"{in_chans} channels"
         more = "" if in_chans == 1 else (
-            f", or {2 * in_chans}: each channel's mean, then each one's deviation"
+            f", or {2 * in_chans}, each channel's mean and then each one's deviation"
         )
         raise UserError(
-            f"--normalize got {len(normalize)} number{'s' * (len(normalize) > 1)}; for {in_chans} channel"
-            f"{'s' * (in_chans > 1)} it takes 2, a mean and a deviation{more}."
+            f"--normalize of {of} takes 2 numbers, a mean and a deviation{more}; it got "
+            f"{len(normalize)}."
         )
-    if min(normalize[len(normalize) // 2 :]) <= 0:
-        raise UserError(
-            f"--normalize has a deviation of {min(normalize[len(normalize) // 2 :]):g}; deviations "
-            "are above 0."
-        )
+    least = min(normalize[len(normalize) // 2 :])
+    if least <= 0:
+        raise UserError(f"--normalize has a deviation of {least:g}; deviations are above 0.")

@@ -67,7 +67,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, pixels: Pixels = R
 
 def _from_array(array: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands:
     if array.dtype == np.float32 and array.ndim == 3:
-        return Bands(array.transpose(2, 0, 1))
+        planes = array.transpose(2, 0, 1)
+        return Bands(planes) if pixels.in_chans != 3 else _rgb(planes)
     if array.dtype == np.uint8 and (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3):
         return convert(Image.fromarray(array), name, pixels)
     return _bands(_planes(array, name, pixels), name, pixels)
@@ -109,7 +110,7 @@ def _is_cut_to_8_bits(png: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+    image.load()  # broken pixels are a fault
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  # notes that cannot be read say nothing
@@ -182,9 +183,12 @@ def _bands(planes: np.ndarray, name: str, pixels: Pixels) -> Image.Image | Bands
             f"--in_chans is {pixels.in_chans}; --in_chans {_fitting(channels)} fits."
         )
     scaled = pixels.scaled(planes, name)
-    if pixels.in_chans != 3:
-        return Bands(scaled)
-    levels = (scaled * 255).round().astype(np.uint8)
+    return Bands(scaled) if pixels.in_chans != 3 else _rgb(scaled)
+
+
+def _rgb(planes: np.ndarray) -> Image.Image:
+    """Three channels in [0, 1], or one for all, (C, H, W), as 8 bits."""
+    levels = (planes * 255).round().astype(np.uint8)
     levels = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(levels))
 

@@ -77,11 +77,13 @@ def fit(
 
 
 def to_tensor(
-    image: Image.Image | Bands,
+    image: Image.Image | Bands | np.ndarray,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """``image``, RGB or bands, as a backbone sees it, ``(C, H, W)``."""
+    """``image``, or its pixels (H, W, C), as a backbone sees it, ``(C, H, W)``."""
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return Normalize(mean, std)(pixels)
 
