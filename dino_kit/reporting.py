@@ -321,8 +321,6 @@ def _tile(source: Source, place: int, similarity: float | None, pixels: Pixels) 
 
 
 def _short(source: Source, place: int) -> str:
-    """An image's name without the folder that all images lie in."""
-    name, root = source.name(place), getattr(source, "root", None)
-    if root:
-        return os.path.relpath(name, root)
-    return os.path.basename(name)
+    """An image's name without where all images lie; a number alone would say too little."""
+    key = source.key(place)
+    return source.name(place) if key.isdecimal() else key

@@ -131,7 +131,7 @@ def test_a_checkpoint_has_the_references_layout_and_only_plain_data(whole):
     content = torch.load(whole / "checkpoint.pth", weights_only=True)
     assert set(content) == {
         "student", "teacher", "optimizer", "epoch", "dino_loss", "step", "config", "images",
-        "skipped", "monitor",
+        "skipped", "monitor", "names",
     }  # fmt: skip
     assert (content["epoch"], content["step"], content["images"]) == (3, STEPS, IMAGES)
     assert [result(whole, f"checkpoint000{e}.pth")["epoch"] for e in (0, 2)] == [1, 3]
@@ -472,7 +472,7 @@ def test_a_broken_image_ends_the_run_with_its_name(pictures, tmp_path, capsys):
     [
         (["--data_path", "{}/nothing"], "should be a folder of images, and there is nothing"),
         (["--data_path", "{}/empty"], "There is no image in"),
-        (["--data_path", "imagenet:train"], "neither a folder nor a known kind of data"),
+        (["--data_path", "imagenet:train"], "neither a path nor a known kind of data"),
         (["--output_dir", "{}/file"], "--output_dir"),
         (["--total_batch_size", "21"], "fewer than one batch of 21"),
         (["--device", "cuda:7"], "--device cuda:7 asks for GPU 7"),
