@@ -24,7 +24,8 @@ RESMLP_SIZES = {
 }
 FREE_RESMLP = "resmlp"
 # How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
-# mixing over, or resizes the image. The first is what it does where nothing else is said.
+# mixing over, or resizes the image. The first is what it does where nothing else is said: in equal
+# time its features were the better ones (README, "Without attention").
 MLP_GRIDS = ("mix", "resize")
 MLP_GRID = MLP_GRIDS[0]
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
