@@ -70,7 +70,8 @@ class TorchvisionData:
         try:
             dataset = getattr(datasets, self.name)(self.folder, download=self.download, **options)
         except Exception as error:  # torchvision raises many kinds where files are missing
-            reason = " ".join(str(error).split()).rstrip(".")
+            # Its own advice is for its own callers.
+            reason = " ".join(str(error).split()).partition(" You can use download")[0].rstrip(".")
             how = "" if self.download else "; --download fetches it"
             raise UserError(
                 f"{self.root} cannot be read from {self.folder}: {reason}{how}."
