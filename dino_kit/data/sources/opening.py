@@ -244,9 +244,8 @@ class _Folder(_Tree):
 
     def open(self, part: str = "") -> Source:
         path = str(Path(self.root, part))
-        if part and _is_of_shards(path):
-            return TarSource(path, kept=_kept(self.lists, path))
-        return _once(lambda: FolderSource(path, _kept(self.lists, path)))
+        kind = TarSource if part and _is_of_shards(path) else FolderSource
+        return _once(lambda: kind(path, _kept(self.lists, path)))
 
 
 class _Shards(_Tree):
