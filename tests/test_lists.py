@@ -71,6 +71,7 @@ def test_paths_count_from_the_lists_folder(tmp_path, monkeypatch):
         ("x.csv", b"path,label\n", "lists no image"),
         ("x.csv", b"path,label\na,1\n,2\n", "names no image in its row 3"),
         ("x.csv", b"\xff\xfe", "is no text in UTF-8"),
+        ("x.txt", b"a\n\tcat\n", "names no image in its line 2"),
         ("x.txt", b"a\0b", "holds characters of no text"),
     ],
 )

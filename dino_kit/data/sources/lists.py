@@ -72,16 +72,22 @@ def _rows(path: str) -> list[tuple[str, str]]:
         raise UserError(f"{path} holds characters of no text, so it cannot be a list of images.")
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".txt":
-        return _lines([line for line in text.splitlines() if line.strip()])
+        return _lines(path, text.split("\n"))
     return _table(path, text, "\t" if suffix == ".tsv" else ",")
 
 
-def _lines(lines: Sequence[str]) -> list[tuple[str, str]]:
-    numbered = [re.fullmatch(r"(.*\S) +(\d+)", line.rstrip()) for line in lines]
-    if lines and all(numbered):
-        return [(match[1], match[2]) for match in numbered]
-    pairs = (line.partition("\t") for line in lines)
-    return [(path.strip(), label.strip()) for path, _, label in pairs]
+def _lines(file: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    written = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [re.fullmatch(r"(.*\S) +(\d+)", line.rstrip()) for _, line in written]
+    if written and all(numbered):
+        return [(match[1].strip(), match[2]) for match in numbered]
+    rows = []
+    for number, line in written:
+        path, _, label = line.partition("\t")
+        if not path.strip():
+            raise UserError(f"{file} names no image in its line {number}.")
+        rows.append((path.strip(), label.strip()))
+    return rows
 
 
 def _table(path: str, text: str, delimiter: str) -> list[tuple[str, str]]:
