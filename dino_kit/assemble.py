@@ -17,12 +17,20 @@ from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
-from dino_kit.data.sources import Source, open_labelled_sources, open_training_source
+from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
+from dino_kit.data.sources.source import Source, fingerprint
 from dino_kit.errors import UserError
 from dino_kit.evaluators.probe import Probe
 from dino_kit.heads import DINOHead
-from dino_kit.normalize import Normalize
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from dino_kit.objectives.centering import CENTERINGS
+from dino_kit.preparation import (
+    pixels_of,
+    tell_what_is_left_out,
+    transform_of,
+    view_groups,
+    with_normalization,
+)
 from dino_kit.resume import find_checkpoint
 from dino_kit.student_teacher import build_student_teacher
 from dino_kit.training import checkpoint, engine, optim
@@ -41,6 +49,7 @@ class Run:
 
     config: TrainConfig  # resolved
     source: Source
+    names: str  # the fingerprint of the images' names
     learner: Learner
     loader: Loader
     prepare: Prepare
@@ -106,6 +115,7 @@ class Run:
             "step": done,
             "config": fields.to_plain(self.config),
             "images": len(self.source),
+            "names": self.names,
             "skipped": vars(self.skipped).copy(),
             "monitor": monitored,
         }
@@ -140,11 +150,16 @@ class Run:
         return f"its images are {', '.join(names[:5])}{more}"
 
 
-def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None) -> Run:
+def assemble(
+    config: TrainConfig,
+    views: Sequence[Sequence[View]] | None = None,
+    data: Any | None = None,
+) -> Run:
     """Build the run that ``config`` describes, and load its newest checkpoint if there is one.
 
     ``views``, by crop size and the two global ones first, take the place of those that
-    :func:`view_groups` makes of ``config``.
+    :func:`view_groups` makes of ``config``. ``data``, a source or any dataset of images, see
+    :class:`~dino_kit.data.sources.objects.DatasetSource`, is read instead of ``data_path``.
 
     Raises:
         UserError: something in the configuration, the data or the folder does not fit.
@@ -154,12 +169,17 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
     config = with_total_batch(with_mlp_grid(config), device)
-    source = open_training_source(config.data_path)
-    saved = find_checkpoint(config, len(source), device)
+    distributed.start(device)
+    lists = Path(config.output_dir) / LISTS
+    source = open_training_source(
+        config.data_path if data is None else data, lists, config.download
+    )
+    names = fingerprint(source)
+    saved = find_checkpoint(config, len(source), names, device)
     start = saved["step"] if saved else 0
     # What is written down goes on by its recipe or its checkpoint, and does not begin again.
     replaces, config = config.resume == "never", replace(config, resume="auto")
-    distributed.start(device)
+    config = with_normalization(config, source, saved, device)
 
     loader = build_loader(config, source, views or view_groups(config), device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
@@ -179,16 +199,24 @@ def assemble(config: TrainConfig, views: Sequence[Sequence[View]] | None = None)
         skipped = engine.Skipped(**saved["skipped"])
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
-    prepare = Prepare(device)
-    return Run(config, source, learner, loader, prepare, monitor, probe, skipped, start, replaces)
+    transform = transform_of(config)
+    prepare = Prepare(device, transform.mean, transform.std)
+    return Run(
+        config, source, names, learner, loader, prepare, monitor, probe, skipped, start, replaces
+    )
 
 
 class Prepare:
     """A loader's batch → normalised crops on the device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(
+        self,
+        device: torch.device,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
         self.device = device
-        self.normalize = Normalize().to(device)
+        self.normalize = Normalize(mean, std).to(device)
 
     def __call__(self, batch: Batch) -> MicroBatch:
         groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
@@ -222,35 +250,6 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config
 
 
-def view_groups(config: TrainConfig) -> list[list[View]]:
-    """The views of an image, those of one size together: two global ones, then the local ones."""
-
-    def view(kind: int, size: int, scale, ratio) -> View:
-        return View(
-            size=size,
-            scale=scale,
-            ratio=ratio,
-            flip_prob=config.flip_prob[kind],
-            jitter_prob=config.jitter_prob[kind],
-            brightness=config.brightness[kind],
-            contrast=config.contrast[kind],
-            saturation=config.saturation[kind],
-            hue=config.hue[kind],
-            gray_prob=config.gray_prob[kind],
-            blur_prob=config.blur_prob[kind],
-            blur_radius=(config.blur_radius_min[kind], config.blur_radius_max[kind]),
-            solarize_prob=config.solarize_prob[kind],
-            solarize_threshold=config.solarize_threshold[kind],
-        )
-
-    sizes = (config.global_crops_size, config.global_crops_scale, config.global_crops_ratio)
-    groups = [[view(0, *sizes), view(1, *sizes)]]
-    if config.local_crops_number:
-        sizes = (config.local_crops_size, config.local_crops_scale, config.local_crops_ratio)
-        groups.append([view(2, *sizes)] * config.local_crops_number)
-    return groups
-
-
 def build_loader(
     config: TrainConfig,
     source: Source,
@@ -266,6 +265,7 @@ def build_loader(
         epochs=config.epochs,
         total_batch_size=config.total_batch_size,
         batch_size_per_gpu=config.batch_size_per_gpu,
+        pixels=pixels_of(config),
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=workers,
@@ -275,13 +275,16 @@ def build_loader(
 
 
 def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Probe:
-    labelled = open_labelled_sources(config.probe_data) if config.probe_data else None
+    labelled = None
+    if config.probe_data:
+        lists = Path(config.output_dir) / LISTS
+        labelled = open_labelled_sources(config.probe_data, lists=lists, download=config.download)
     return Probe(
         source,
         labelled,
         views=view_groups(config)[0],
         seed=config.seed,
-        image_size=config.global_crops_size,
+        transform=transform_of(config),
         folder=config.output_dir,
         device=device,
         num_workers=default_workers() if config.num_workers is None else config.num_workers,
@@ -292,7 +295,12 @@ def backbone_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
     names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return {"patch_size": config.patch_size, "image_size": config.global_crops_size, **given}
+    return {
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "image_size": config.global_crops_size,
+        **given,
+    }
 
 
 def untrained_backbone(config: TrainConfig) -> nn.Module:
@@ -382,3 +390,4 @@ def introduce(
     if loader.start_step:
         log.say(f"going on after step {loader.start_step:,} of {loader.total_steps:,}")
     log.say(f"writing to {config.output_dir}")
+    tell_what_is_left_out(config)

@@ -9,6 +9,8 @@ identity, so the code of a step is the same everywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dino_kit.errors import UserError
@@ -58,6 +60,34 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process do the body before all others, where there is a process group."""
+    if is_main() or not _joined():
+        try:
+            yield
+        finally:  # the others come to the same error by themselves
+            if _joined():
+                _wait_for_all()
+    else:
+        _wait_for_all()
+        yield
+
+
+def _joined() -> bool:
+    if world_size() == 1:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+def _wait_for_all() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

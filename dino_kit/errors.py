@@ -13,3 +13,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that began well and had to stop, told in one sentence; the command ends with status 1."""
+
+
+class BadImage(UserError):
+    """One image cannot be used; a run may go on without it."""

@@ -13,6 +13,8 @@ from dino_kit import log, weights
 from dino_kit.config import fields
 from dino_kit.config.evaluate import Checkpoint, Labelled
 from dino_kit.data.augment import eval_sizes
+from dino_kit.data.sources.opening import LISTS, open_labelled_sources
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -30,11 +32,15 @@ def load_checkpoint(config: Checkpoint) -> Loaded:
         config.checkpoint_key,
         arch=config.arch,
         patch_size=config.patch_size,
+        in_chans=config.in_chans,
         embed_dim=config.embed_dim,
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         mlp_grid=config.mlp_grid,
+        exif=config.exif,
+        value_range=config.value_range,
+        normalize=config.normalize,
     )
     log.say(loaded.summary())
     return loaded
@@ -72,16 +78,28 @@ def transform(loaded: Loaded, image_size: int | None) -> EvalTransform:
     return chosen
 
 
+def labelled_sources(config: Labelled, target: Path) -> tuple[Source, Source]:
+    """The two sets of labelled images that ``config`` names; their lists are kept beside ``target``.
+
+    Raises:
+        UserError: as :func:`~dino_kit.data.sources.opening.open_labelled_sources`.
+    """
+    return open_labelled_sources(
+        config.data_path,
+        config.train_data,
+        config.val_data,
+        config.val_share,
+        lists=target.parent / LISTS,
+        download=config.download,
+    )
+
+
 def described(transform: EvalTransform) -> dict[str, Any]:
     """``transform`` as plain data, for a record."""
     resize, crop = eval_sizes(transform.image_size)
-    return {
-        "resize": resize,
-        "interpolation": "bicubic",
-        "center_crop": crop,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-    }
+    plain = transform.plain()
+    del plain["image_size"]
+    return {"resize": resize, "interpolation": "bicubic", "center_crop": crop, **plain}
 
 
 def data_flags(config: Labelled) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The features of a source's images, extracted once, for every evaluator.
 
-Legend: n images, B batch, S pixels of a side, D width.
+Legend: n images, B batch, C channels, S pixels of a side, D width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dino_kit import log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source
+from dino_kit.data.pixels import RGB, Pixels
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
@@ -41,6 +42,7 @@ def embed(
     image_size: int,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    pixels: Pixels = RGB,
     batch_size: int = 128,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -50,14 +52,15 @@ def embed(
     """Pooled features of all images, in the order of the source, on the CPU.
 
     Images are resized and cut at the centre as after training at ``image_size`` (see
-    :func:`~dino_kit.data.augment.eval_sizes`), travel as 8-bit pixels, and are normalised on the
-    device. The backbone runs in eval mode and in its own precision; it stays on ``device``.
+    :func:`~dino_kit.data.augment.eval_sizes`), travel as pixels, and are normalised on the device.
+    The backbone runs in eval mode and in its own precision; it stays on ``device``.
 
     Args:
-        backbone: images (B, 3, S, S) to (B, D).
+        backbone: images (B, C, S, S) to (B, D).
         source: images, labelled or not.
         image_size: side in pixels that the backbone was trained at.
         mean, std: of each channel, pixels in [0, 1].
+        pixels: what an image becomes.
         batch_size: B.
         num_workers: processes that read and prepare images; 0 for this one.
         device: where the backbone runs.
@@ -73,7 +76,7 @@ def embed(
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
     loader = DataLoader(
-        _Views(source, *((image_size, image_size) if whole else eval_sizes(image_size))),
+        _Views(source, pixels, *((image_size,) * 2 if whole else eval_sizes(image_size))),
         batch_size=batch_size,
         # More processes than batches would start only to stop.
         num_workers=min(num_workers, -(-len(source) // batch_size)),
@@ -83,10 +86,10 @@ def embed(
     features = torch.empty(len(source), backbone.embed_dim)
     done = 0
     with frozen(backbone, device), log.progress(len(source), description) as advance:
-        for pixels in loader:
-            if isinstance(pixels, str):
-                raise UserError(pixels)
-            images = normalize(pixels.to(device, non_blocking=True))  # (B, 3, S, S)
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images = normalize(batch.to(device, non_blocking=True))  # (B, C, S, S)
             features[done : done + len(images)] = backbone(images)
             done += len(images)
             advance(len(images))
@@ -105,18 +108,20 @@ def labels_of(source: Source) -> Tensor:
 
 
 class _Views(Dataset):
-    def __init__(self, source: Source, resize: int, crop: int):
-        self.source, self.resize, self.crop = source, resize, crop
+    def __init__(self, source: Source, pixels: Pixels, resize: int, crop: int):
+        self.source, self.pixels, self.resize, self.crop = source, pixels, resize, crop
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor | str:
-        """(B, 3, S, S) uint8; or a sentence, as an exception crosses processes as a traceback."""
-        batch = np.empty((len(indices), self.crop, self.crop, 3), dtype=np.uint8)
+        """(B, C, S, S); or a sentence, as an exception crosses processes as a traceback."""
+        shape = (len(indices), self.crop, self.crop, self.pixels.in_chans)
+        batch = np.empty(shape, self.pixels.dtype)
         try:
             for place, index in enumerate(indices):
-                image = decode(self.source.read(index), self.source.name(index))
+                data, name = self.source.read(index), self.source.name(index)
+                image = decode(data, name, self.pixels)
                 batch[place] = center_view(image, self.resize, self.crop)
         except UserError as error:
             return str(error)

@@ -65,8 +65,12 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(total: int, description: str, start: int = 0) -> Iterator[Callable[..., None]]:
+def progress(
+    total: int | None, description: str, start: int = 0
+) -> Iterator[Callable[..., None]]:
     """Show how far a loop of ``total`` rounds is, from round ``start`` on; not without a description.
+
+    Where nobody knows how many rounds there will be, ``total`` is None.
 
     Yields ``advance(rounds=1, text="")``; ``text`` (loss, rate …) stands until the next one.
     """
@@ -80,7 +84,7 @@ def progress(total: int, description: str, start: int = 0) -> Iterator[Callable[
 
 
 @contextmanager
-def _bar(total: int, description: str, start: int) -> Iterator[Callable[..., None]]:
+def _bar(total: int | None, description: str, start: int) -> Iterator[Callable[..., None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -107,7 +111,7 @@ def _bar(total: int, description: str, start: int) -> Iterator[Callable[..., Non
 
 
 class _PlainProgress:
-    def __init__(self, total: int, description: str, start: int):
+    def __init__(self, total: int | None, description: str, start: int):
         self.total, self.description, self.done, self.start = total, description, start, start
         self.text = ""
         self.began = self.spoke = time.monotonic()
@@ -116,9 +120,13 @@ class _PlainProgress:
         self.done += rounds
         self.text = text or self.text
         now = time.monotonic()
-        if self.done < self.total and now - self.spoke < _SECONDS_BETWEEN_PLAIN_LINES:
+        goes_on = self.total is None or self.done < self.total
+        if goes_on and now - self.spoke < _SECONDS_BETWEEN_PLAIN_LINES:
             return
         self.spoke = now
+        if self.total is None:
+            say(f"{self.description} {self.done:,}")
+            return
         left = (now - self.began) / max(self.done - self.start, 1) * (self.total - self.done)
         parts = (f"{self.description} {self.done}/{self.total}", self.text,
                  f"{duration(left)} left" if self.done < self.total

@@ -23,8 +23,12 @@ from torch import Tensor
 
 from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.data.bands import Bands, picture
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import FolderSource, Source, Subset, open_training_source, read_file
+from dino_kit.data.pixels import Pixels
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.opening import LISTS, open_training_source
+from dino_kit.data.sources.source import Source, Subset, read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention, patches
 from dino_kit.features import embed
@@ -93,7 +97,7 @@ class _OneImage:
     classes = None
 
     def __init__(self, path: str):
-        self.path = path
+        self.path = self.root = path
 
     def __len__(self) -> int:
         return 1
@@ -103,6 +107,9 @@ class _OneImage:
 
     def label(self, index: int) -> None:
         return None
+
+    def key(self, index: int) -> str:
+        return os.path.basename(self.path)
 
     def name(self, index: int) -> str:
         return self.path
@@ -136,7 +143,7 @@ def _training_data(record: Record) -> _Data:
     if record.config is None or not record.config.data_path:
         return _Data(None, "Where the run's images are is not known; --image_path names some.")
     try:
-        return _Data(open_training_source(record.config.data_path))
+        return _Data(open_training_source(record.config.data_path, record.folder / LISTS))
     except UserError as error:
         return _Data(None, f"The run's images cannot be read here any more. {error}")
 
@@ -168,7 +175,7 @@ def _attention(
                 break
             name = data.source.name(place)
             try:
-                whole = decode(data.source.read(place), name)
+                whole = decode(data.source.read(place), name, loaded.transform.pixels)
                 image = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC)
                 maps = _maps(loaded, image, has_attention, device)  # (heads, h, w)
             except UserError as error:
@@ -208,8 +215,9 @@ def _attention(
     return seen, " ".join((note, *dict.fromkeys(lost)))
 
 
-def _sight(whole: Image.Image) -> Image.Image:
+def _sight(whole: Image.Image | Bands) -> Image.Image:
     """The square that the network sees of an image, as large as the page shows it."""
+    whole = picture(whole)
     tiny = min(whole.size) <= _TINY
     way = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
     return ImageOps.fit(whole, (_SIGHT, _SIGHT), way)
@@ -233,11 +241,11 @@ def _various(source: Source, places: Sequence[int]) -> list[int]:
 
 
 def _maps(
-    loaded: Loaded, image: Image.Image, has_attention: bool, device: torch.device
+    loaded: Loaded, image: Image.Image | Bands, has_attention: bool, device: torch.device
 ) -> np.ndarray:
     """Maps ``(heads, h, w)``; a single one where there is no attention."""
     t = loaded.transform
-    pixels = attention.to_tensor(image, t.mean, t.std).to(device)  # (3, H, W)
+    pixels = attention.to_tensor(image, t.mean, t.std).to(device)  # (C, H, W)
     if has_attention:
         return attention.attention_maps(loaded.backbone, pixels).numpy()
     return patches.similarity_map(patches.look(loaded.backbone, pixels))[None].numpy()
@@ -264,11 +272,12 @@ def _neighbours(
     features = F.normalize(features, dim=1)
     k = min(_FOUND + 1, len(features))
     similarity, index = search.nearest(features, features[: len(queries)], k)  # (queries, k)
+    pixels = loaded.transform.pixels
     rows = [
         Neighbours(
-            _tile(source, bank[row], None),
+            _tile(source, bank[row], None, pixels),
             [
-                _tile(source, bank[place], value)
+                _tile(source, bank[place], value, pixels)
                 for value, place in zip(similarity[row].tolist(), index[row].tolist(), strict=True)
                 if place != row
             ][:_FOUND],
@@ -302,8 +311,8 @@ def _features(
                 return
 
 
-def _tile(source: Source, place: int, similarity: float | None) -> Tile:
-    image = decode(source.read(place), source.name(place))
+def _tile(source: Source, place: int, similarity: float | None, pixels: Pixels) -> Tile:
+    image = picture(decode(source.read(place), source.name(place), pixels))
     side = min(_TILE, *image.size)
     square = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
     label = source.label(place) if source.classes else None
@@ -312,8 +321,6 @@ def _tile(source: Source, place: int, similarity: float | None) -> Tile:
 
 
 def _short(source: Source, place: int) -> str:
-    """An image's name without the folder that all images lie in."""
-    name, root = source.name(place), getattr(source, "root", None)
-    if root:
-        return os.path.relpath(name, root)
-    return os.path.basename(name)
+    """An image's name without where all images lie; a number alone would say too little."""
+    key = source.key(place)
+    return source.name(place) if key.isdecimal() else key

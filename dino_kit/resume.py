@@ -15,9 +15,11 @@ from dino_kit.training.precision import resolve_precision
 
 
 def find_checkpoint(
-    config: TrainConfig, images: int, device: torch.device
+    config: TrainConfig, images: int, names: str, device: torch.device
 ) -> dict[str, Any] | None:
     """The checkpoint that ``config`` goes on from, if its folder has one.
+
+    ``images`` is the number of those to train on, and ``names`` the fingerprint of their names.
 
     Raises:
         UserError: the folder holds a run that differs in a field that must not change.
@@ -37,18 +39,28 @@ def find_checkpoint(
     changed = [
         f"{name} was {old} and is now {new}"
         for name, old, new in fields.differences(
-            _with_one_precision(before, device), _with_one_precision(config, device)
+            _with_one_precision(before, device),
+            _with_one_precision(_with_measured(config, before), device),
         )
         if name not in RESUMABLE
     ]
     if saved["images"] != images:
         changed.append(f"the data had {saved['images']} images and now has {images}")
+    elif saved.get("names", names) != names:  # older checkpoints do not say
+        changed.append("the names of the images were others")
     if changed:
         raise UserError(
             f"{config.output_dir} holds a run with other settings: {'; '.join(changed)}. Give "
             "another --output_dir, or --resume never to begin again in this one."
         )
     return saved
+
+
+def _with_measured(config: TrainConfig, before: TrainConfig) -> TrainConfig:
+    """``config`` with the numbers that the run has measured, where it is to measure them."""
+    if config.is_measured and isinstance(before.normalize, tuple):
+        return replace(config, normalize=before.normalize)
+    return config
 
 
 def _with_one_precision(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -8,9 +8,9 @@ held against its tensors' shapes, and what the caller says against both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from dino_kit import files
 from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.recognition import some
+from dino_kit.config.pixels import AUTO, check_normalize, check_value_range
+from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.errors import UserError
-from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD
+from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
 
 NEWEST = "checkpoint.pth"
 
@@ -29,8 +31,29 @@ class EvalTransform(NamedTuple):
     """How images are prepared for a backbone."""
 
     image_size: int  # the side, in pixels, that the backbone was trained at
-    mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel, pixels in [0, 1]
-    std: tuple[float, ...] = IMAGENET_STD
+    # Of each channel, pixels in [0, 1]; None where a file of other channels than RGB does not say.
+    mean: tuple[float, ...] | None = IMAGENET_MEAN
+    std: tuple[float, ...] | None = IMAGENET_STD
+    pixels: Pixels = RGB  # what an image becomes
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data; :meth:`from_plain` reads it."""
+        return {
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **self.pixels.plain(),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> EvalTransform:
+        """What :meth:`plain` gave; RGB images where it does not say."""
+        return cls(
+            plain["image_size"],
+            tuple(plain["mean"]),
+            tuple(plain["std"]),
+            Pixels.from_plain(plain),
+        )
 
 
 class Loaded(NamedTuple):
@@ -70,6 +93,9 @@ def load(
     num_heads: int | None = None,
     mlp_ratio: float | None = None,
     mlp_grid: str | None = None,
+    exif: str | None = None,
+    value_range: Sequence[float] | None = None,
+    normalize: str | Sequence[float] | None = None,
 ) -> Loaded:
     """Read a backbone and what is known of it; no code in the file is run.
 
@@ -79,6 +105,7 @@ def load(
         arch: an architecture's name; like all sizes needed only where the file does not tell.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, mlp_grid: as for
             ``create_backbone``.
+        exif, value_range, normalize: what images become, as flags of ``dino-kit train`` say it.
 
     Raises:
         UserError: the file is missing or no checkpoint; it lacks the network; an argument
@@ -105,7 +132,7 @@ def load(
     matched = _fill(backbone, state, path)
     return Loaded(
         backbone.eval(),
-        EvalTransform(said.get("global_crops_size") or sizes["image_size"]),
+        _transform(said, sizes, exif, value_range, normalize, path),
         {"name": name, **sizes},
         which,
         str(path),
@@ -166,6 +193,45 @@ def _settings(content: dict[str, Any]) -> dict[str, Any]:
     said = content.get("config", content.get("args"))
     said = said if isinstance(said, Mapping) else getattr(said, "__dict__", {})
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _transform(
+    said: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    exif: str | None,
+    value_range: Sequence[float] | None,
+    normalize: str | Sequence[float] | None,
+    path: Path,
+) -> EvalTransform:
+    """How images are prepared: as the file says, where it does, else as the caller says."""
+    channels = sizes["in_chans"]
+    check_value_range(value_range)
+    check_normalize(normalize, channels)
+    given = {"exif": exif, "value_range": value_range, "normalize": normalize}
+    # A run that knew of these settings says all of them; what is missing there was not set.
+    told = "exif" in said
+    known = said if told else given
+    check_normalize(known.get("normalize"), channels)
+    pixels = Pixels.from_plain({**known, "in_chans": channels})
+    mean, std = None, None
+    if channels == 3 or known.get("normalize") not in (None, AUTO):
+        mean, std = statistics(known.get("normalize"), channels)
+    found = EvalTransform(said.get("global_crops_size") or sizes["image_size"], mean, std, pixels)
+    if exif not in (None, pixels.exif):
+        _contradict("exif", exif, pixels.exif, path)
+    if value_range is not None and tuple(value_range) != pixels.value_range:
+        _contradict("value_range", value_range, pixels.value_range, path)
+    if normalize is not None and statistics(normalize, channels) != (mean, std):
+        _contradict("normalize", normalize, (*(mean or ()), *(std or ())) or None, path)
+    return found
+
+
+def _contradict(name: str, given: Any, said: Any, path: Path) -> NoReturn:
+    given, said = (
+        " ".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else value or "none"
+        for value in (given, said)
+    )
+    raise UserError(f"--{name} {given} contradicts {path}, which says {name} {said}.")
 
 
 def _fill(backbone: nn.Module, state: dict[str, Any], path: Path) -> int:

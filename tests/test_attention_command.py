@@ -382,9 +382,12 @@ def test_a_strip_of_too_many_patches_is_left_out_by_name(small, pictures, monkey
     assert "22 patches" in capsys.readouterr().err
 
 
-def test_a_network_for_other_channels_is_a_sentence(small, capsys):
+def test_a_network_for_other_channels_sees_so_many(small, capsys):
     save_checkpoint(small / "run/checkpoint.pth", build(in_chans=1))
-    assert command(small) == 2
+    assert command(small) == 2  # a file of before runs said by what they normalise
     error = capsys.readouterr().err
-    assert "(batch, 1, height, width)" in error and error.count("\n") == 1
+    assert "give --normalize MEAN STD" in error and error.count("\n") == 1
     assert below(small / "run") == {"checkpoint.pth"}
+    assert command(small, "--normalize", "0.5", "0.25") == 0
+    record = json.loads(next((small / "run").rglob("attention.json")).read_text("utf-8"))
+    assert record["in_chans"] == 1 and record["mean"] == [0.5]

@@ -246,7 +246,7 @@ def configurations(draw) -> TrainConfig:
     """Any valid settings: each field anything that it takes, but where fields hang together."""
     values = {}
     together = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
-                "device")  # fmt: skip
+                "device", "in_chans", "normalize", "value_range")  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         if field.name in together or field.name.endswith(("crops_size", "_scale", "_ratio")):
             continue
@@ -270,6 +270,14 @@ def configurations(draw) -> TrainConfig:
     for low, high in zip(*(values[f"blur_radius_{end}"] for end in ("min", "max")), strict=True):
         if low > high:
             values["blur_radius_min"] = (0.0,) * 3
+    limits = st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=2, unique=True)
+    values["value_range"] = draw(st.none() | limits.map(sorted).map(tuple))
+    channels = values["in_chans"] = draw(st.sampled_from([1, 3, 13]))
+    numbers_of_all = st.tuples(*[st.floats(0.001, 1)] * 2 * channels)
+    values["normalize"] = draw(
+        st.sampled_from([None, "auto", (0.5, 0.25), *["imagenet"] * (channels == 3)])
+        | numbers_of_all
+    )
     values["patch_size"] = draw(st.integers(1, 64))
     values["global_crops_size"] = values["patch_size"] * draw(st.integers(1, 20))
     values["local_crops_size"] = values["patch_size"] * draw(st.integers(1, 20))
@@ -370,7 +378,7 @@ def test_every_field_is_read_by_its_command(name):
     schema = COMMANDS[name].schema
     modules = [f"commands/{name}"]
     if issubclass(schema, TrainConfig):
-        modules += ["assemble", "commands/train"]
+        modules += ["assemble", "preparation", "commands/train"]
     if issubclass(schema, Checkpoint):
         modules += ["evaluation"]
     by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights"}

@@ -47,14 +47,6 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(mode, kind):
     assert stored.mode == mode or kind in ("gif", "webp")
 
 
-@pytest.mark.parametrize(
-    "mode, kind", [("I;16", "png"), ("I;16", "tiff"), ("I", "tiff"), ("F", "tiff")]
-)
-def test_more_than_eight_bits_are_refused_instead_of_cut_off(mode, kind):
-    with pytest.raises(UserError, match=rf"^picture has more than 8 bits .*{mode}.* convert it"):
-        decode(encode(picture(mode), kind), "picture")
-
-
 def test_pixels_of_lossless_files_are_kept():
     found = decode(encode(picture("RGBA"), "png"), "picture")
     np.testing.assert_array_equal(np.asarray(found), PIXELS[..., :3])  # what is clear counts too
@@ -70,15 +62,6 @@ def test_a_palette_with_transparent_colours_gives_its_colours_and_no_warning():
         with pytest.raises(UserWarning, match="Transparency"):
             Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(found), np.asarray(picture("P").convert("RGB")))
-
-
-def test_the_rotation_in_a_files_notes_is_not_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = encode(picture("RGB"), "jpeg", exif=exif)
-    assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
-    found, plain = (decode(data, "x") for data in (turned, encode(picture("RGB"), "jpeg")))
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(plain))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (20, 31)])

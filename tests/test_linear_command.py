@@ -20,7 +20,7 @@ from dino_kit import cli, files, log
 from dino_kit.backbones.build import create_backbone
 from dino_kit.data.crops import sample_crop
 from dino_kit.data.loader import epoch_order
-from dino_kit.data.sources import FolderSource
+from dino_kit.data.sources.folder import FolderSource
 from dino_kit.errors import UserError
 from dino_kit.evaluators.head_training import HeadTraining
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, training_view

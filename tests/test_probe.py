@@ -16,12 +16,14 @@ from dino_kit.assemble import Run, assemble
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Features
 from dino_kit.data.crops import View
-from dino_kit.data.sources import DigitsSource, Subset
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.source import Subset
 from dino_kit.evaluators import probe as probes
 from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.probe import Probe, evenly, sentence
 from dino_kit.features import embed, extract
 from dino_kit.training import checkpoint
+from dino_kit.weights import EvalTransform
 
 VIEWS = [View(size=8, scale=(0.5, 1.0)), View(size=8, scale=(0.25, 1.0))]
 SMALL = (
@@ -48,8 +50,8 @@ def backbone():
 def probe(folder, labelled=True, source=None) -> Probe:
     pair = (DigitsSource("train"), DigitsSource("test")) if labelled else None
     return Probe(
-        source or DigitsSource("train"), pair, views=VIEWS, seed=3, image_size=8, folder=folder,
-        device=torch.device("cpu"),
+        source or DigitsSource("train"), pair, views=VIEWS, seed=3, transform=EvalTransform(8),
+        folder=folder, device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def test_a_network_that_sees_only_what_crops_share_finds_every_view(tmp_path):
     """The mean colour of a picture in one colour survives every crop of it."""
 
     class Plain:
-        classes = None
+        root, classes = "plain", None
 
         def __len__(self):
             return 30

@@ -13,7 +13,9 @@ from PIL import Image
 
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
-from dino_kit.data.sources import DigitsSource, FolderSource, Subset
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.source import Subset
 from dino_kit.errors import UserError
 from dino_kit.proposal import machine as machine_module
 from dino_kit.proposal import rules

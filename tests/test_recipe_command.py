@@ -16,7 +16,7 @@ from dino_kit.assemble import Prepare, build_learner, build_loader, view_groups
 from dino_kit.commands import recipe as command
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
-from dino_kit.data.sources import DigitsSource
+from dino_kit.data.sources.digits import DigitsSource
 from dino_kit.proposal import machine, rules, speed
 from dino_kit.proposal.fit import Speed
 from dino_kit.proposal.machine import Machine
@@ -169,7 +169,7 @@ def test_a_network_that_does_not_fit_ends_the_search(pictures, known, capsys, mo
         (["x", "--arch", "resnet50"], "resnet50 is an architecture of torchvision"),
         (["x", "--device", "gpu"], "--device is 'gpu'; it takes auto, cpu, cuda, cuda:N or mps."),
         (["nowhere"], "nowhere should be a folder of images, and there is nothing."),
-        (["torchvision:CIFAR10"], "torchvision:CIFAR10 is neither a folder nor a known kind"),
+        (["digit:x"], "digit:x is neither a path nor a known kind"),
         (["digits", "--total_batch_size", "5000", "--hours", "1"],
          "There are 1438 images, fewer than one batch of 5000; give --total_batch_size 1438"),
         (["digits", "--hours", "1e-9"], "--hours 1e-09 does not suffice for one epoch: "),

@@ -18,7 +18,8 @@ from torch import nn
 
 from dino_kit import cli, reporting, weights
 from dino_kit.backbones.interface import Features
-from dino_kit.data.sources import DigitsSource, FolderSource
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.folder import FolderSource
 
 TINY = (
     "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "

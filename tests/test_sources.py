@@ -13,16 +13,10 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dino_kit.data import sources
-from dino_kit.data.sources import (
-    DigitsSource,
-    FolderSource,
-    Subset,
-    open_labelled_sources,
-    open_training_source,
-    place,
-    read_file,
-)
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.opening import open_labelled_sources, open_training_source
+from dino_kit.data.sources.source import EXTENSIONS, Subset, read_file
 from dino_kit.errors import UserError
 
 
@@ -58,7 +52,7 @@ def test_the_class_is_the_first_folder_at_any_depth(tmp_path):
     fill(tmp_path, "dog/deep/er/1.JPG", "cat/2.png", "dog/0.png", "ant/x/3.png")
     source = FolderSource(str(tmp_path))
     assert source.classes == ["ant", "cat", "dog"]
-    assert [(source.paths[i], source.label(i)) for i in range(4)] == [
+    assert [(source.names[i], source.label(i)) for i in range(4)] == [
         ("ant/x/3.png", 0), ("cat/2.png", 1), ("dog/0.png", 2), ("dog/deep/er/1.JPG", 2),
     ]  # fmt: skip
     assert source.read(3) == b"dog/deep/er/1.JPG"
@@ -66,32 +60,32 @@ def test_the_class_is_the_first_folder_at_any_depth(tmp_path):
 
 def test_an_image_in_the_root_itself_takes_the_labels_away(tmp_path):
     source = FolderSource(fill(tmp_path, "a/1.png", "2.png", "b/3.png"))
-    assert source.paths == ["2.png", "a/1.png", "b/3.png"]
+    assert list(source.names) == ["2.png", "a/1.png", "b/3.png"]
     assert source.classes is None and {source.label(i) for i in range(3)} == {None}
 
 
 def test_the_extensions_are_torchvisions_in_any_case(tmp_path):
-    assert set(IMG_EXTENSIONS) == sources.EXTENSIONS
-    names = {f"1{extension}" for extension in IMG_EXTENSIONS}
-    names |= {f"2{extension.upper()}" for extension in IMG_EXTENSIONS}
+    assert {*IMG_EXTENSIONS, ".avif", ".gif", ".npy"} == EXTENSIONS
+    names = {f"1{extension}" for extension in EXTENSIONS}
+    names |= {f"2{extension.upper()}" for extension in EXTENSIONS}
     fill(tmp_path, *names, "notes.txt", "png", "a.png.gz", "noextension")
-    assert set(FolderSource(tmp_path).paths) == names
+    assert set(FolderSource(tmp_path).names) == names
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     fill(tmp_path, "a/1.png", ".2.png", ".trash/3.png", "a/.thumbs/4.png", "a/._1.png")
-    assert FolderSource(tmp_path).paths == ["a/1.png"]
+    assert list(FolderSource(tmp_path).names) == ["a/1.png"]
 
 
 def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path):
-    assert FolderSource(fill(tmp_path, "a.png/1.png")).paths == ["a.png/1.png"]
+    assert list(FolderSource(fill(tmp_path, "a.png/1.png")).names) == ["a.png/1.png"]
 
 
 PATHS = ["a/1.png", "a/b/1.png", "a b/1.png", "a-b/1.png", "B/1.png", "a/10.png", "a/9.png"]
 
 
 def test_the_order_is_that_of_the_parts(tmp_path):
-    assert FolderSource(fill(tmp_path, *PATHS)).paths == [
+    assert list(FolderSource(fill(tmp_path, *PATHS)).names) == [
         "B/1.png", "a/1.png", "a/10.png", "a/9.png", "a/b/1.png", "a b/1.png", "a-b/1.png",
     ]  # fmt: skip
 
@@ -111,7 +105,7 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch, see
 
     monkeypatch.setattr(os, "scandir", shuffled)
     found = FolderSource(tmp_path)
-    assert found.paths == expected.paths and found.classes == expected.classes
+    assert list(found.names) == list(expected.names) and found.classes == expected.classes
     assert seen != sorted(seen)
 
 
@@ -126,12 +120,12 @@ def in_form(form: str, root: Path, number: int = 3) -> Path:
 def test_composed_and_decomposed_names_give_one_order_and_the_same_classes(tmp_path):
     composed = FolderSource(in_form("NFC", tmp_path / "nfc"))
     decomposed = FolderSource(in_form("NFD", tmp_path / "nfd"))
-    assert composed.paths != decomposed.paths
-    assert composed.paths == [unicodedata.normalize("NFC", path) for path in decomposed.paths]
+    assert list(composed.names) != list(decomposed.names)
+    assert list(composed.names) == [unicodedata.normalize("NFC", path) for path in decomposed.names]
     assert composed.classes == decomposed.classes == sorted(NAMES)
     labels = [decomposed.label(i) for i in range(len(decomposed))]
     assert labels == sorted(labels) == [composed.label(i) for i in range(len(composed))]
-    assert decomposed.read(0) == os.fsencode(decomposed.paths[0])
+    assert decomposed.read(0) == os.fsencode(decomposed.names[0])
 
 
 def test_a_class_in_both_forms_is_one_class(tmp_path):
@@ -149,7 +143,7 @@ def undecodable(root: Path) -> Path:
 
 def test_names_that_are_no_unicode_can_be_read_and_split(tmp_path):
     source = FolderSource(undecodable(tmp_path))
-    assert source.read(0) == os.fsencode(source.paths[0])
+    assert source.read(0) == os.fsencode(source.names[0])
     bank, queries = open_labelled_sources(str(tmp_path), val_share=0.4)
     assert len(bank) + len(queries) == 20
 
@@ -159,7 +153,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
     (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "data/own/4.png").symlink_to(tmp_path / "elsewhere/2.png")
     source = FolderSource(tmp_path / "data")
-    assert source.paths == ["linked/2.png", "linked/deep/1.png", "own/3.png", "own/4.png"]
+    assert list(source.names) == ["linked/2.png", "linked/deep/1.png", "own/3.png", "own/4.png"]
     assert source.read(1) == b"elsewhere/deep/1.png" and source.read(3) == b"elsewhere/2.png"
 
 
@@ -171,14 +165,14 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
 def test_a_loop_of_links_ends_and_finds_each_image_once(tmp_path, link, target):
     fill(tmp_path, "data/a/1.png", "data/a/b/2.png")
     (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
-    assert FolderSource(tmp_path / "data").paths == ["a/1.png", "a/b/2.png"]
+    assert list(FolderSource(tmp_path / "data").names) == ["a/1.png", "a/b/2.png"]
 
 
 def test_a_loop_over_two_folders_ends(tmp_path):
     fill(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a/to_b").symlink_to(tmp_path / "b", target_is_directory=True)
     (tmp_path / "b/to_a").symlink_to(tmp_path / "a", target_is_directory=True)
-    assert FolderSource(tmp_path).paths == [
+    assert list(FolderSource(tmp_path).names) == [
         "a/1.png", "a/to_b/2.png", "b/2.png", "b/to_a/1.png",
     ]  # fmt: skip
 
@@ -187,7 +181,7 @@ def test_the_root_itself_may_be_a_link(tmp_path):
     fill(tmp_path, "data/a/1.png")
     (tmp_path / "data/a/loop").symlink_to(tmp_path / "data", target_is_directory=True)
     (tmp_path / "link").symlink_to(tmp_path / "data", target_is_directory=True)
-    assert FolderSource(tmp_path / "link").paths == ["a/1.png"]
+    assert list(FolderSource(tmp_path / "link").names) == ["a/1.png"]
 
 
 def test_a_link_that_leads_nowhere_is_named_when_it_is_read(tmp_path):
@@ -200,7 +194,8 @@ def test_a_link_that_leads_nowhere_is_named_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     "paths, found",
     [([], "found no files at all"), (["a/"], "found no files at all"),
-     (["1.txt", "a/2.TXT", "b.gif", "c"], "found only 2 × .txt, 1 × .gif, 1 × no extension"),
+     (["1.txt", "a/2.TXT", "3.txt", "b.psd", "b.PSD", "c"],
+     "found only 3 × .txt, 2 × .psd, 1 × no extension"),
      ([".1.png"], "found no files at all")],
 )  # fmt: skip
 def test_a_folder_without_images_says_what_there_is_instead(tmp_path, paths, found):
@@ -310,7 +305,7 @@ def test_a_subset_has_some_images_in_its_own_order(tmp_path):
 
 def test_training_reads_a_folder_with_all_its_images(tmp_path, capsys):
     fill(tmp_path, "a/1.png", "train/2.png")
-    assert open_training_source(str(tmp_path)).paths == ["a/1.png", "train/2.png"]
+    assert list(open_training_source(str(tmp_path)).names) == ["a/1.png", "train/2.png"]
     assert capsys.readouterr().out == ""
 
 
@@ -318,7 +313,7 @@ def test_training_reads_a_folder_with_all_its_images(tmp_path, capsys):
 def test_training_reads_train_of_a_split_folder_and_says_so(tmp_path, capsys, queries):
     fill(tmp_path, "train/a/1.png", f"{queries}/a/2.png")
     source = open_training_source(str(tmp_path))
-    assert source.paths == ["a/1.png"] and source.classes == ["a"]
+    assert list(source.names) == ["a/1.png"] and source.classes == ["a"]
     said = capsys.readouterr().out
     assert said == f"{tmp_path} is split: training reads {tmp_path / 'train'}\n"
 
@@ -332,17 +327,17 @@ def test_digits_are_meant_where_there_is_no_such_folder(tmp_path, monkeypatch):
     assert contents(bank) == contents(plain) and queries.read(0).shape == (6, 6, 3)
     assert contents(queries) == contents(DigitsSource("test", moved=True))
     fill(tmp_path, "digits/a/1.png")
-    assert open_training_source("digits").paths == ["a/1.png"]
+    assert list(open_training_source("digits").names) == ["a/1.png"]
 
 
-@pytest.mark.parametrize("path", ["torchvision:CIFAR10", "digit:moved", "digits:", "s3://images"])
+@pytest.mark.parametrize("path", ["digit:moved", "digits:", "s3://images"])
 def test_an_unknown_kind_of_data_is_refused(path):
     for sentence in (
         refusal(open_training_source, path),
         refusal(open_labelled_sources, path),
         refusal(open_labelled_sources, train_data="digits", val_data=path),
     ):
-        assert sentence.startswith(f"{path} is neither a folder nor a known kind of data")
+        assert sentence.startswith(f"{path} is neither a path nor a known kind of data")
 
 
 @pytest.mark.parametrize("path", ["C:/images", "nowhere"])
@@ -414,7 +409,7 @@ def test_train_and_val_data_may_lie_apart(tmp_path):
     bank, queries = open_labelled_sources(
         train_data=str(tmp_path / "x"), val_data=str(tmp_path / "y")
     )
-    assert bank.paths == ["a/1.png", "b/2.png"] and queries.paths == ["a/4.png", "b/3.png"]
+    assert list(bank.names) == ["a/1.png", "b/2.png"] and list(queries.names) == ["a/4.png", "b/3.png"]
     bank, queries = open_labelled_sources(train_data="digits", val_data="digits")
     assert (len(bank), len(queries)) == (1438, 359)
 
@@ -490,8 +485,8 @@ def test_a_folder_of_single_images_cannot_be_split(tmp_path):
 
 def test_where_images_come_from_can_be_said(tmp_path, digits):
     one = FolderSource(many(tmp_path, range(2)))
-    assert place(one) == place(Subset(one, [1])) == str(tmp_path)
-    assert place(digits["test", True]) == "digits:moved"
+    assert one.root == Subset(one, [1]).root == str(tmp_path)
+    assert digits["test", True].root == "digits:moved"
 
 
 def test_sources_can_be_sent_to_another_process(tmp_path, digits):
@@ -508,3 +503,61 @@ def test_sources_can_be_sent_to_another_process(tmp_path, digits):
         assert fresh.classes == source.classes
         assert contents(fresh) == contents(source)
         assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_a_list_is_kept_until_a_folder_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 4)
+    monkeypatch.setattr("dino_kit.data.sources.folder._TOO_FRESH", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png", "b/c/2.png", "b/3.png"), tmp_path / "out" / "x.list"
+    assert len(FolderSource(root, kept)) == 3 and not kept.exists()  # so few are not worth it
+    fill(root, "b/c/4.png")
+    first = FolderSource(root, kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", None)  # no folder is read again
+        again = FolderSource(root, kept)
+        sent = pickle.dumps(again)
+        assert contents(again) == contents(first) == contents(pickle.loads(sent))
+        assert again.classes == ["a", "b"] and len(sent) < 600
+    fill(root, "b/c/5.png", "b/c/6.png")
+    (root / "a" / "1.png").unlink()
+    assert len(FolderSource(root, kept)) == 5
+    assert capsys.readouterr().err == (
+        f"notice: {root} has changed since it was listed: b/c/5.png, b/c/6.png are new; a/1.png is "
+        "gone.\n"
+    )
+    (root / "b" / "c").rename(root / "d")  # a folder that is gone
+    assert FolderSource(root, kept).classes == ["b", "d"]
+
+
+def test_a_folder_that_changed_while_it_was_listed_is_listed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png"), tmp_path / "x.list"
+    FolderSource(root, kept)
+    before = os.stat(root / "a")
+    fill(root, "a/2.png")
+    os.utime(root / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # as coarse clocks do
+    assert len(FolderSource(root, kept)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}\n", b"[1]\n", b"\0" * 99])
+def test_a_damaged_list_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    root, kept = fill(tmp_path / "in", "a/1.png"), tmp_path / "x.list"
+    kept.write_bytes(damage)
+    assert contents(FolderSource(root, kept)) == contents(FolderSource(root))
+    assert kept.read_bytes() != damage
+
+
+def test_a_list_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 0)
+    (tmp_path / "file").write_bytes(b"")
+    source = FolderSource(fill(tmp_path / "in", "a/1.png"), tmp_path / "file" / "x.list")
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+@pytest.mark.parametrize("half", ["train", "val", "test"])
+def test_half_a_split_alone_is_one_for_training(tmp_path, half):
+    source = open_training_source(str(fill(tmp_path, f"{half}/a/1.png", f"{half}/b/2.png", "x.txt")))
+    assert source.classes == ["a", "b"] and source.key(0) == "a/1.png"
+    fill(tmp_path, "3.png")
+    assert open_training_source(str(tmp_path)).key(0) == "3.png"

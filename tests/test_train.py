@@ -131,7 +131,7 @@ def test_a_checkpoint_has_the_references_layout_and_only_plain_data(whole):
     content = torch.load(whole / "checkpoint.pth", weights_only=True)
     assert set(content) == {
         "student", "teacher", "optimizer", "epoch", "dino_loss", "step", "config", "images",
-        "skipped", "monitor",
+        "skipped", "monitor", "names",
     }  # fmt: skip
     assert (content["epoch"], content["step"], content["images"]) == (3, STEPS, IMAGES)
     assert [result(whole, f"checkpoint000{e}.pth")["epoch"] for e in (0, 2)] == [1, 3]
@@ -472,7 +472,7 @@ def test_a_broken_image_ends_the_run_with_its_name(pictures, tmp_path, capsys):
     [
         (["--data_path", "{}/nothing"], "should be a folder of images, and there is nothing"),
         (["--data_path", "{}/empty"], "There is no image in"),
-        (["--data_path", "imagenet:train"], "neither a folder nor a known kind of data"),
+        (["--data_path", "imagenet:train"], "neither a path nor a known kind of data"),
         (["--output_dir", "{}/file"], "--output_dir"),
         (["--total_batch_size", "21"], "fewer than one batch of 21"),
         (["--device", "cuda:7"], "--device cuda:7 asks for GPU 7"),
@@ -502,17 +502,20 @@ def test_an_architecture_of_later_is_known_and_refused_in_a_sentence(tmp_path, c
 
 
 def _negative(image, parameters):
-    """A rendering of one's own: pixels already prepared, so they are not normalised again."""
+    """A rendering of one's own, to floats, which are pixels from 0 to 1."""
     crop = augment.resized_crop(image, parameters.box, parameters.size)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1) / -255.0
+    return 1 - torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255.0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_from_python_a_view_takes_any_callable(pictures, tmp_path, workers):
-    config = cli.parse("train", words(pictures, tmp_path, "--num_workers", workers)[1:])
+    flags = ("--num_workers", workers, "--normalize", 1, 0.5)
+    config = cli.parse("train", words(pictures, tmp_path, *flags)[1:])
     views = [[replace(view, render=_negative) for view in group] for group in view_groups(config)]
     run = assemble(config, views=views)
     batches = next(iter(run.loader))
-    assert all(-1 <= group.min() and group.max() <= 0 for group in run.prepare(batches[0]).groups)
+    assert all(group.dtype == torch.float32 for group in batches[0].groups)
+    for group in run.prepare(batches[0]).groups:  # (x - 1) / 0.5 of x in [0, 1]
+        assert -2 <= group.min() < -1 < group.max() <= 0
     run.train()
     assert metrics(tmp_path)[-1]["step"] == STEPS

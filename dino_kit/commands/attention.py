@@ -15,7 +15,9 @@ from torch import nn
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import FolderSource, read_file
+from dino_kit.data.pixels import Pixels
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators import patches
 from dino_kit.evaluators.attention import default_size
@@ -65,7 +67,7 @@ def run(config: AttentionConfig) -> None:
             log.notice(f"{error} It is left out.")
             advance(1)
 
-        pictures = _pictures(images, target, leave_out)
+        pictures = _pictures(images, target, transform.pixels, leave_out)
         options = {
             "image_size": image_size,
             "mean": transform.mean,
@@ -84,8 +86,7 @@ def run(config: AttentionConfig) -> None:
         "maps": list(kinds),
         "image_size": list(image_size),
         "interpolation": "bilinear",
-        "mean": list(transform.mean),
-        "std": list(transform.std),
+        **{name: value for name, value in transform.plain().items() if name != "image_size"},
         "threshold": config.threshold,
         "device": str(device),
         **evaluation.origin(loaded),
@@ -136,12 +137,12 @@ def _find(image_path: str) -> dict[str, str]:
     if not os.path.isdir(image_path):
         raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
     source = FolderSource(image_path)
-    stems = [os.path.splitext(path)[0] for path in source.paths]
+    stems = [os.path.splitext(path)[0] for path in source.names]
     # Some file systems do not tell a from A.
-    claims = Counter(name.casefold() for name in (*stems, *source.paths))
+    claims = Counter(name.casefold() for name in (*stems, *source.names))
     return {
         stem if claims[stem.casefold()] == 1 else path: source.name(index)
-        for index, (stem, path) in enumerate(zip(stems, source.paths, strict=True))
+        for index, (stem, path) in enumerate(zip(stems, source.names, strict=True))
     }
 
 
@@ -154,12 +155,15 @@ def _target(config: AttentionConfig, loaded: Loaded) -> Path:
 
 
 def _pictures(
-    images: dict[str, str], target: Path, leave_out: Callable[[UserError], object]
+    images: dict[str, str],
+    target: Path,
+    pixels: Pixels,
+    leave_out: Callable[[UserError], object],
 ) -> Iterator[Picture]:
     """Each image as it is needed, without those that cannot be read."""
     for name, path in images.items():
         try:
-            image = decode(read_file(path), path)
+            image = decode(read_file(path), path, pixels)
         except UserError as error:
             leave_out(error)
             continue

@@ -14,7 +14,6 @@ from torch import Tensor
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import KnnConfig
 from dino_kit.data.loader import default_workers
-from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
 from dino_kit.evaluators.knn import knn
 from dino_kit.features import extract
@@ -43,7 +42,7 @@ def run(config: KnnConfig) -> None:
     else:
         loaded = evaluation.load_checkpoint(config)
         target = Path(f"{evaluation.place(config.output_dir, loaded, 'knn')}.json")
-        arrays, origin = _extract(config, loaded)
+        arrays, origin = _extract(config, loaded, target)
 
     train, train_labels, test, test_labels = arrays
     with log.progress(len(test), "neighbours") as advance:
@@ -80,13 +79,13 @@ def run(config: KnnConfig) -> None:
     log.say(f"written to {target}")
 
 
-def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _extract(
+    config: KnnConfig, loaded: Loaded, target: Path
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """L2-normalised features and labels of the bank and of the queries, and their origin."""
     transform = evaluation.transform(loaded, config.image_size)
     device = distributed.choose_device(config.device)
-    sources = open_labelled_sources(
-        config.data_path, config.train_data, config.val_data, config.val_share
-    )
+    sources = evaluation.labelled_sources(config, target)
     arrays: list[Tensor] = []
     for source, description in zip(sources, ("features (bank)", "features (queries)"), strict=True):
         features, labels = extract(
@@ -103,7 +102,7 @@ def _extract(config: KnnConfig, loaded: Loaded) -> tuple[tuple[Tensor, ...], dic
         **evaluation.origin(loaded),
         "transform": evaluation.described(transform),
         "data": evaluation.data_flags(config),
-        "read": dict(zip(("bank", "queries"), map(place, sources), strict=True)),
+        "read": dict(zip(("bank", "queries"), (source.root for source in sources), strict=True)),
         "class_names": sources[0].classes,
         "device": str(device),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from dino_kit import distributed, evaluation, files, log, weights
 from dino_kit.config import fields
 from dino_kit.config.evaluate import LinearConfig
 from dino_kit.data.loader import default_workers
-from dino_kit.data.sources import open_labelled_sources, place
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.head_training import HeadTraining, shared_features
@@ -78,9 +78,7 @@ def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.dev
 def _assemble(
     config: LinearConfig, loaded: Loaded, target: Path, device: torch.device
 ) -> HeadTraining:
-    train, val = open_labelled_sources(
-        config.data_path, config.train_data, config.val_data, config.val_share
-    )
+    train, val = evaluation.labelled_sources(config, target)
     _check_number(config, len(train.classes), "the data has")
     if len(train.classes) == 1:
         raise UserError(
@@ -145,7 +143,7 @@ def _record(config: LinearConfig, training: HeadTraining, chance: float) -> dict
         "head": _file(training.path),
         "transform": evaluation.described(training.transform),
         "data": evaluation.data_flags(config),
-        "read": {"train": place(training.train), "validation": place(training.val)},
+        "read": {"train": training.train.root, "validation": training.val.root},
         "class_names": training.train.classes,
         "device": str(training.device),
         **evaluation.origin(training.loaded),
@@ -170,7 +168,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
     transform = evaluation.transform(loaded, config.image_size)
     # To classify images takes none to learn from.
     train = config.train_data or (None if config.data_path else config.val_data)
-    _, val = open_labelled_sources(config.data_path, train, config.val_data, config.val_share)
+    _, val = evaluation.labelled_sources(replace(config, train_data=train), target)
     number = saved.head.linear.out_features
     _check_number(config, number, f"{saved.path} is for")
     places = torch.tensor(classifier.places(saved, val.classes))
@@ -203,7 +201,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
             "head": _file(saved.path),
             "transform": evaluation.described(transform),
             "data": evaluation.data_flags(config),
-            "read": {"validation": place(val)},
+            "read": {"validation": val.root},
             "class_names": saved.classes or val.classes,
             "device": str(device),
             **evaluation.origin(loaded),

@@ -15,7 +15,8 @@ from dino_kit.assemble import assemble, untrained_backbone
 from dino_kit.config import fields, recipe
 from dino_kit.config.evaluate import QuickstartConfig
 from dino_kit.config.train import TrainConfig
-from dino_kit.data.sources import DIGITS, DIGITS_MOVED, DigitsSource, open_labelled_sources
+from dino_kit.data.sources.digits import DIGITS, DIGITS_MOVED, DigitsSource
+from dino_kit.data.sources.opening import open_labelled_sources
 from dino_kit.errors import UserError
 from dino_kit.evaluators.gallery import Page, Picture, show
 from dino_kit.evaluators.knn import knn

@@ -19,8 +19,10 @@ from dino_kit.config import fields
 from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.loader import default_workers, usable_cores
-from dino_kit.data.sources import Source, open_training_source
+from dino_kit.data.sources.opening import open_training_source
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
+from dino_kit.preparation import pixels_of
 from dino_kit.proposal import text
 from dino_kit.proposal.fit import (
     Candidate,
@@ -66,9 +68,14 @@ def _write(config: RecipeConfig) -> str:
     device = distributed.choose_device(config.device)
     source = open_training_source(config.data_path)
     request = Request(
-        config.data_path, config.hours, config.total_batch_size, config.arch, config.device
+        config.data_path,
+        config.hours,
+        config.total_batch_size,
+        config.arch,
+        config.device,
+        _unusual_pixels(config),
     )
-    survey = look(source)
+    survey = look(source, pixels_of(config))
     require_batch(survey, request)
     for sentence in survey.unreadable[:1]:
         log.notice(
@@ -92,7 +99,7 @@ def _write(config: RecipeConfig) -> str:
         if not worth_trying(candidate, trials, survey, machine, request):
             break
         try:
-            trial = _try(candidate, source, survey, device)
+            trial = _try(candidate, source, survey, request, device)
         except (MemoryError, torch.OutOfMemoryError):
             if not trials:
                 raise
@@ -109,14 +116,14 @@ def _write(config: RecipeConfig) -> str:
 
 
 def _try(
-    candidate: Candidate, source: Source, survey: Survey, device: torch.device
+    candidate: Candidate, source: Source, survey: Survey, request: Request, device: torch.device
 ) -> Trial:
     """``candidate``, timed in the precision that suits the device."""
     settings = settings_of(candidate, survey)
     config = fields.from_plain(
         TrainConfig,
-        {**settings, "data_path": "-", "output_dir": "-", "num_workers": 0, "epochs": 100,
-         "freeze_last_layer": 0},
+        {**settings, **dict(request.pixels), "data_path": "-", "output_dir": "-",
+         "num_workers": 0, "epochs": 100, "freeze_last_layer": 0},
     )  # fmt: skip
 
     def load(images: int) -> Sequence[Any]:
@@ -126,7 +133,8 @@ def _try(
     def timed(precision: str):
         sized = replace(config, total_batch_size=1)
         learner = build_learner(sized, 10, device, precision)
-        return measure(learner, load, Prepare(device), len(source))
+        # By which numbers they are normalised makes no difference to the time.
+        return measure(learner, load, Prepare(device, (0.5,), (0.25,)), len(source))
 
     if device.type != "cpu":
         precision = resolve_precision("auto", None, device)
@@ -137,10 +145,19 @@ def _try(
     return Trial(candidate, "fp32", exact, (("bf16", half.image),))
 
 
+def _unusual_pixels(config: RecipeConfig) -> tuple[tuple[str, Any], ...]:
+    names = ("in_chans", "exif", "value_range", "normalize")
+    given = {name: getattr(config, name) for name in names}
+    return tuple(
+        (name, value) for name, value in given.items() if value != getattr(TrainConfig, name)
+    )
+
+
 def _command_line(config: RecipeConfig) -> str:
     words = ["dino-kit", "recipe", config.data_path]
     for field in dataclass_fields(config):
         value = getattr(config, field.name)
         if field.name not in ("data_path", "output") and value != field.default:
-            words += [f"--{field.name}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name}", *map(str, values)]
     return shlex.join(words)

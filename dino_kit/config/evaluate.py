@@ -44,6 +44,21 @@ class Checkpoint:
         None, "How a ResMLP sees images of another size than it was trained at, likewise.",
         nothing="the checkpoint's",
     )
+    in_chans: int | None = option(
+        None, "Channels of the images, likewise.", low=1, nothing="the checkpoint's"
+    )
+    exif: Literal["ignore", "apply"] | None = option(
+        None, "Whether pictures are turned as their EXIF says, likewise.",
+        nothing="the checkpoint's, else ignore",
+    )
+    value_range: tuple[float, float] | None = option(
+        None, "What black and white are in files of more than 8 bits, likewise.",
+        nothing="the checkpoint's, else by the type of the numbers",
+    )
+    normalize: Literal["imagenet"] | tuple[float, ...] | None = option(
+        None, "Mean and deviation of the channels, likewise.",
+        nothing="the checkpoint's, else imagenet of 3 channels",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
     output_dir: str | None = option(
         None, "Folder to write to.", nothing="beside the checkpoint"
@@ -73,8 +88,9 @@ class Labelled:
 
     data_path: str | None = option(
         None,
-        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class; or "
-        "digits, or digits:moved, whose test images are moved and larger.",
+        "Folder with train/ and val/ (or test/) inside, or one with a folder for each class; "
+        "likewise tar archives, a list of images in a file, torchvision:NAME or hf:NAME; or digits, "
+        "or digits:moved, whose test images are moved and larger.",
         nothing="",
     )
     train_data: str | None = option(
@@ -84,6 +100,9 @@ class Labelled:
     val_share: float = option(
         0.2, "Share of a folder without a split that is held out, by a hash of the names.",
         above=0, below=1,
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     image_size: int | None = option(
         None, "Side of the images that the network sees.", low=1,

@@ -1,10 +1,10 @@
 """Configurations: flat frozen dataclasses, filled from flags and recipes by one validator.
 
 A field is declared with :func:`option`: its default, its help, its bounds. Its annotation says what
-it takes: ``int``, ``float``, ``str``, ``bool``, ``Literal``, any of them ``| None``, or a tuple of
-numbers, of which three floats are :data:`PerView`. A recipe's value and a flag's text go through
-the same conversion, and every fault is a :class:`UserError` of one sentence that says what was
-given and what is allowed.
+it takes: ``int``, ``float``, ``str``, ``bool``, ``Literal``, a tuple of numbers, of which three
+floats are :data:`PerView`, a ``Literal`` or else such a tuple, or any of them ``| None``. A
+recipe's value and a flag's text go through the same conversion, and every fault is a
+:class:`UserError` of one sentence that says what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ TRUE, FALSE = ("true", "on", "1", "yes"), ("false", "off", "0", "no")
 REQUIRED = dataclasses.MISSING
 # For the first global view, the second, and the local ones; one number stands for all three.
 PerView = tuple[float, float, float]
+_UNIONS = (types.UnionType, typing.Union)
 
 
 class Checked:
@@ -114,6 +116,11 @@ def convert(schema: type, name: str, value: Any, label: str = "") -> Any:
     if not _is_many(kind):
         return _one(label, kind, value, field)
     items = list(value) if isinstance(value, list | tuple) else [value]
+    if _is_either(kind):
+        word, numbers = get_args(kind)
+        if len(items) == 1 and _converted(float, items[0]) is None:
+            return _one(label, word, items[0], field, _allowed(kind, field))
+        kind = numbers
     inner = get_args(kind)
     if kind == PerView and len(items) == 1:
         items *= 3
@@ -181,6 +188,9 @@ def describe_kind(schema: type, field: dataclasses.Field) -> str:
         return "{" + ",".join(get_args(kind)) + "}"
     if kind == PerView:
         return "FLOAT [FLOAT FLOAT]"
+    if _is_either(kind):
+        words, _ = get_args(kind)
+        return "{" + ",".join(get_args(words)) + "} or FLOAT FLOAT ..."
     if _is_many(kind):
         inner = get_args(kind)
         word = inner[0].__name__.upper()
@@ -285,6 +295,9 @@ def _allowed(kind: Any, field: dataclasses.Field) -> str:
     if kind is str:
         return "text"
     limits = _limits(**field.metadata["bounds"])
+    if _is_either(kind):
+        words, numbers = get_args(kind)
+        return f"{', '.join(get_args(words))}, or {_allowed(numbers, field)}"
     if not _is_many(kind):
         return ("a whole number" if kind is int else "a number") + limits
     inner = get_args(kind)
@@ -321,10 +334,16 @@ def _annotations(schema: type) -> dict[str, Any]:
 def _kind(schema: type, name: str) -> tuple[Any, bool]:
     """What a field takes, and whether it may be None: ``int | None`` gives (int, True)."""
     annotation = _annotations(schema)[name]
-    if get_origin(annotation) in (types.UnionType, typing.Union):
-        return next(k for k in get_args(annotation) if k is not type(None)), True
-    return annotation, False
+    if get_origin(annotation) not in _UNIONS:
+        return annotation, False
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return functools.reduce(operator.or_, kinds), type(None) in get_args(annotation)
 
 
 def _is_many(kind: Any) -> bool:
-    return get_origin(kind) is tuple
+    return get_origin(kind) is tuple or _is_either(kind)
+
+
+def _is_either(kind: Any) -> bool:
+    """Whether the field takes a word or else numbers."""
+    return get_origin(kind) in _UNIONS

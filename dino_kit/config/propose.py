@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from dino_kit.config import architectures
 from dino_kit.config.fields import REQUIRED, Checked, option
+from dino_kit.config.pixels import Pixels
 from dino_kit.config.train import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeConfig(Checked):
+class Proposed:
     """Recipe"""
 
     data_path: str = option(
-        REQUIRED, "What the run is to read: a folder of images, labelled or not; or digits.",
+        REQUIRED, "What the run is to read, as for dino-kit train.",
         positional=True,
     )
     hours: float = option(
@@ -36,3 +37,8 @@ class RecipeConfig(Checked):
     def check(self) -> None:
         if self.arch is not None:
             architectures.require_buildable(self.arch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(Pixels, Proposed, Checked):
+    pass

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_kit.config import architectures
+from dino_kit.config.crops import Crops
 from dino_kit.config.fields import REQUIRED, Checked, option
+from dino_kit.config.pixels import Pixels
 from dino_kit.errors import UserError
 
 # Flags by which the same thing can be said: on a command line, one of them also takes the place of
@@ -21,6 +23,7 @@ RESUMABLE = frozenset(
         "batch_size_per_gpu",  # the total batch is compared instead
         "data_path",
         "device",
+        "download",
         "log_every_steps",
         "max_bad_steps",
         "num_workers",
@@ -226,91 +229,17 @@ class Optimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crops:
-    """Crops (one number for every view, or three: first global, second global, local)"""
-
-    global_crops_size: int = option(224, "Side of the two global crops in pixels.", low=1)
-    global_crops_scale: tuple[float, float] = option(
-        (0.4, 1.0), "Share of the image's area in a global crop; try 0.14 1 without local crops."
-    )
-    global_crops_ratio: tuple[float, float] = option(
-        (3 / 4, 4 / 3), "Width / height of the box of a global crop."
-    )
-    local_crops_number: int = option(8, "Number of small local crops; 0 for none.", low=0)
-    local_crops_size: int = option(96, "Side of the local crops in pixels.", low=1)
-    local_crops_scale: tuple[float, float] = option(
-        (0.05, 0.4), "Share of the image's area in a local crop."
-    )
-    local_crops_ratio: tuple[float, float] = option(
-        (3 / 4, 4 / 3), "Width / height of the box of a local crop."
-    )
-    flip_prob: tuple[float, float, float] = option(
-        (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1
-    )
-    jitter_prob: tuple[float, float, float] = option(
-        (0.8,) * 3, "Probability of changed colours.", low=0, high=1
-    )
-    brightness: tuple[float, float, float] = option(
-        (0.4,) * 3, "Strength of brightness changes.", low=0
-    )
-    contrast: tuple[float, float, float] = option(
-        (0.4,) * 3, "Strength of contrast changes.", low=0
-    )
-    saturation: tuple[float, float, float] = option(
-        (0.2,) * 3, "Strength of saturation changes.", low=0
-    )
-    hue: tuple[float, float, float] = option(
-        (0.1,) * 3, "Largest change of hue, in turns.", low=0, high=0.5
-    )
-    gray_prob: tuple[float, float, float] = option(
-        (0.2,) * 3, "Probability of gray.", low=0, high=1
-    )
-    blur_prob: tuple[float, float, float] = option(
-        (1.0, 0.1, 0.5), "Probability of a Gaussian blur.", low=0, high=1
-    )
-    blur_radius_min: tuple[float, float, float] = option(
-        (0.1,) * 3, "Smallest deviation of the blur, in pixels of the crop.", low=0
-    )
-    blur_radius_max: tuple[float, float, float] = option(
-        (2.0,) * 3, "Largest deviation of the blur, in pixels of the crop.", low=0
-    )
-    solarize_prob: tuple[float, float, float] = option(
-        (0.0, 0.2, 0.0), "Probability of solarisation.", low=0, high=1
-    )
-    solarize_threshold: tuple[float, float, float] = option(
-        (128.0,) * 3, "8-bit value from which solarisation inverts.", low=0, high=256
-    )
-
-    def check(self) -> None:
-        for name in ("global_crops_scale", "local_crops_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise UserError(
-                    f"--{name} is {low:g} {high:g}; it takes two shares of the image, the smaller "
-                    "first, above 0 and at most 1."
-                )
-        for name in ("global_crops_ratio", "local_crops_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserError(
-                    f"--{name} is {low:g} {high:g}; it takes two numbers above 0, the smaller "
-                    "first."
-                )
-        pairs = zip(self.blur_radius_min, self.blur_radius_max, strict=True)
-        for smallest, largest in pairs:
-            if smallest > largest:
-                raise UserError(
-                    f"--blur_radius_min {smallest:g} is above --blur_radius_max {largest:g}."
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Data:
     """Data"""
 
     data_path: str = option(
         REQUIRED,
-        "Folder of images, at any depth, labelled or not; or digits, for those of scikit-learn.",
+        "Folder of images, at any depth, labelled or not; tar archives: a file, a folder of them, a "
+        "pattern such as x-{000..146}.tar; a .txt or .csv that lists images; torchvision:NAME, "
+        "hf:NAME; or digits, for those of scikit-learn.",
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     num_workers: int | None = option(
         None, "Processes that load data; 0 loads in the run's own.", low=0,
@@ -352,7 +281,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Run, Data, Crops, Optimisation, Objective, Head, Backbone, Checked):
+class TrainConfig(Run, Data, Pixels, Crops, Optimisation, Objective, Head, Backbone, Checked):
     def check(self) -> None:
         if architectures.family_of(self.arch) is None:
             return

@@ -1,14 +1,19 @@
 """A crop as pixels: Pillow does what the parameters say, as torchvision's Pillow path does it.
 
-Legend: S pixels of a side.
+Of an image that is no RGB image, :class:`~dino_kit.data.bands.Bands` do the same.
+
+Legend: S pixels of a side, C channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from dino_kit.data.bands import Bands
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,19 @@ class CropParameters:
     gray: bool = False
     blur_radius: float | None = None  # deviation of the Gaussian, in pixels
     solarize_threshold: float | None = None
+    vflip: bool = False
+    quarter_turns: int = 0  # counter-clockwise
 
 
 def render(
-    image: Image.Image,
+    image: Image.Image | Bands,
     parameters: CropParameters,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """The crop of an RGB ``image`` as (S, S, 3) uint8."""
+    """The crop of an RGB ``image`` as (S, S, 3) uint8; of bands as (S, S, C) float32 in [0, 1].
+
+    Saturation, hue and gray are RGB images' only.
+    """
     p = parameters
     crop = resized_crop(image, p.box, p.size, resample)
     if p.flip:
@@ -42,15 +52,19 @@ def render(
         crop = blur(crop, p.blur_radius)
     if p.solarize_threshold is not None:
         crop = solarize(crop, p.solarize_threshold)
+    if p.vflip:
+        crop = vertical_flip(crop)
+    if p.quarter_turns:
+        crop = turn(crop, p.quarter_turns)
     return np.asarray(crop)
 
 
 def resized_crop(
-    image: Image.Image,
+    image: Image.Image | Bands,
     box: tuple[int, int, int, int],
     size: int,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Image.Image:
+) -> Image.Image | Bands:
     """Cut out ``box`` (top, left, height, width), then resize it to S × S.
 
     Resizing with ``box`` in one go would let pixels outside of it bleed in at the borders.
@@ -60,14 +74,29 @@ def resized_crop(
     return crop.resize((size, size), resample)
 
 
+@singledispatch
 def flip(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
+@singledispatch
+def vertical_flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+
+@singledispatch
+def turn(image: Image.Image, quarter_turns: int) -> Image.Image:
+    """Turned by so many times 90 degrees, counter-clockwise."""
+    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    return image.transpose(turns[quarter_turns - 1])
+
+
+@singledispatch
 def brightness(image: Image.Image, factor: float) -> Image.Image:
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
+@singledispatch
 def contrast(image: Image.Image, factor: float) -> Image.Image:
     return ImageEnhance.Contrast(image).enhance(factor)
 
@@ -92,12 +121,26 @@ def grayscale(image: Image.Image) -> Image.Image:
     return Image.merge("RGB", (image.convert("L"),) * 3)
 
 
+@singledispatch
 def blur(image: Image.Image, radius: float) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
+@singledispatch
 def solarize(image: Image.Image, threshold: float) -> Image.Image:
     return ImageOps.solarize(image, threshold)
+
+
+for operation, of_bands in {
+    flip: Bands.flipped,
+    vertical_flip: Bands.flipped_vertically,
+    turn: Bands.turned,
+    brightness: Bands.brightened,
+    contrast: Bands.contrasted,
+    blur: Bands.blurred,
+    solarize: Bands.solarized,
+}.items():
+    operation.register(Bands, of_bands)
 
 
 def eval_sizes(training_size: int) -> tuple[int, int]:
@@ -111,8 +154,10 @@ def eval_sizes(training_size: int) -> tuple[int, int]:
     return round(training_size * 256 / 224), training_size
 
 
-def center_view(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """The centre (crop, crop, 3) uint8 of ``image``, its shorter side resized to ``resize``.
+def center_view(image: Image.Image | Bands, resize: int, crop: int) -> np.ndarray:
+    """The centre (crop, crop, C) of ``image``, its shorter side resized to ``resize``.
+
+    uint8 of an RGB image, of bands float32.
 
     Equal to torchvision's ``Resize(resize, BICUBIC)`` and ``CenterCrop(crop)``, the padding of
     images that are smaller than the crop included.

@@ -16,6 +16,7 @@ import numpy as np
 
 from dino_kit.data import augment
 from dino_kit.data.augment import CropParameters
+from dino_kit.errors import UserError
 
 _BOX_TRIES = 10
 
@@ -26,7 +27,8 @@ class View:
 
     Args:
         size: side of the crop in pixels.
-        scale: smallest and largest share of the image's area in the box.
+        scale: smallest and largest share of the image's area in the box; None for a box of
+            ``size`` × ``size`` pixels, which is not resized.
         ratio: smallest and largest width / height of the box, drawn on a log scale.
         flip_prob: probability of a horizontal flip.
         jitter_prob: probability that brightness, contrast, saturation and hue change.
@@ -35,13 +37,15 @@ class View:
         gray_prob, blur_prob, solarize_prob: probabilities of these operations.
         blur_radius: smallest and largest deviation of the Gaussian, in pixels.
         solarize_threshold: 8-bit values from here on are inverted.
-        render: makes the pixels from ``(image, parameters)``: (S, S, 3) uint8, or a prepared
-            floating-point tensor (C, S, S), which is then not normalised again. A function of
-            your own must be importable by name where workers are spawned.
+        vflip_prob, rotate90_prob: probabilities of a vertical flip, and of a turn by 90, 180 or
+            270 degrees.
+        render: makes the pixels from ``(image, parameters)``: (S, S, C) uint8, or floats in
+            [0, 1]; a tensor has them as (C, S, S). A function of your own must be importable by
+            name where workers are spawned.
     """
 
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, float] | None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_prob: float = 0.5
     jitter_prob: float = 0.8
@@ -54,11 +58,25 @@ class View:
     blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize_prob: float = 0.0
     solarize_threshold: float = 128
+    vflip_prob: float = 0.0
+    rotate90_prob: float = 0.0
     render: Callable[[Any, CropParameters], Any] = augment.render
 
 
-def sample_crop(view: View, height: int, width: int, rng: np.random.Generator) -> CropParameters:
-    """Draw what to do with an image of ``height`` × ``width`` pixels for one crop of ``view``."""
+def sample_crop(
+    view: View, height: int, width: int, rng: np.random.Generator, name: str = "An image"
+) -> CropParameters:
+    """Draw what to do with an image of ``height`` × ``width`` pixels for one crop of ``view``.
+
+    Raises:
+        UserError: the crop is not to be resized, and the image, ``name``, is smaller.
+    """
+    if view.scale is None and min(height, width) < view.size:
+        raise UserError(
+            f"{name} is of {width} × {height} pixels, too few for a crop of {view.size} × "
+            f"{view.size} that is not resized; ask for smaller crops, or leave "
+            "--crop_without_resize out."
+        )
     return CropParameters(
         size=view.size,
         box=_sample_box(view, height, width, rng),
@@ -69,12 +87,23 @@ def sample_crop(view: View, height: int, width: int, rng: np.random.Generator) -
         solarize_threshold=(
             view.solarize_threshold if rng.random() < view.solarize_prob else None
         ),
+        # Drawn last, and only where they are wanted, so that other crops stay what they were.
+        vflip=bool(view.vflip_prob and rng.random() < view.vflip_prob),
+        quarter_turns=(
+            int(rng.integers(1, 4))
+            if view.rotate90_prob and rng.random() < view.rotate90_prob
+            else 0
+        ),
     )
 
 
 def _sample_box(
     view: View, height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
+    if view.scale is None:
+        top = int(rng.integers(0, height - view.size + 1))
+        left = int(rng.integers(0, width - view.size + 1))
+        return top, left, view.size, view.size
     area = height * width
     log_ratio = np.log(view.ratio)
     for _ in range(_BOX_TRIES):

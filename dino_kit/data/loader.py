@@ -3,7 +3,7 @@
 Everything drawn here is a function of the seed, the epoch and the image, so neither the number of
 workers nor that of processes changes a crop, and a loader can begin at any step.
 
-Legend: B images of a micro-batch, V_g views of one size, S_g their side in pixels.
+Legend: B images of a micro-batch, C channels, V_g views of one size, S_g their side in pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source
+from dino_kit.data.pixels import RGB, Pixels
+from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
 from dino_kit.randomness import stream
 
@@ -27,7 +28,9 @@ from dino_kit.randomness import stream
 class Batch(NamedTuple):
     """A micro-batch, on the host."""
 
-    groups: list[Tensor]  # (V_g, B, 3, S_g, S_g) uint8 for each size, the two global crops first
+    # (V_g, B, C, S_g, S_g) for each size, the two global crops first: uint8 of RGB images, float32
+    # in [0, 1] of others.
+    groups: list[Tensor]
     indices: Tensor  # (B,) int64: images of the source
     places: Tensor  # (B,) int64: places in the step's global batch
 
@@ -52,6 +55,7 @@ class Loader:
     Args:
         source: the images.
         groups: the views of each crop size; the first group holds the two global views.
+        pixels: what an image becomes.
         start_step: optimiser steps that were taken before.
         drop_last: whether the last short batch of an epoch is dropped. A process may have no image
             of one that is not: its step then is one micro-batch of none, without groups.
@@ -69,6 +73,7 @@ class Loader:
         epochs: int,
         total_batch_size: int,
         batch_size_per_gpu: int,
+        pixels: Pixels = RGB,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -99,7 +104,7 @@ class Loader:
             len(source), seed, total_batch_size, self._parts, start_step, self.total_steps
         )
         self._batches = DataLoader(
-            _Crops(source, groups, seed),
+            _Crops(source, groups, seed, pixels),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_as_it_is,
@@ -173,8 +178,11 @@ class _MicroBatches(Sampler):
 class _Crops(Dataset):
     """Makes a whole micro-batch at once, so that each crop is written straight to its place."""
 
-    def __init__(self, source: Source, groups: Sequence[Sequence[View]], seed: int):
-        self.source, self.groups, self.seed = source, [list(group) for group in groups], seed
+    def __init__(
+        self, source: Source, groups: Sequence[Sequence[View]], seed: int, pixels: Pixels
+    ):
+        self.source, self.groups = source, [list(group) for group in groups]
+        self.seed, self.pixels = seed, pixels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -190,12 +198,12 @@ class _Crops(Dataset):
         groups: list[Tensor] = []
         for column, pick in enumerate(picks):
             name = self.source.name(pick.index)
-            image = decode(self.source.read(pick.index), name)
+            image = decode(self.source.read(pick.index), name, self.pixels)
             view_number = 0
             for number, views in enumerate(self.groups):
                 for row, view in enumerate(views):
                     rng = stream("crop", self.seed, pick.epoch, pick.index, view_number)
-                    parameters = sample_crop(view, image.height, image.width, rng)
+                    parameters = sample_crop(view, image.height, image.width, rng, name)
                     pixels = _channels_first(view.render(image, parameters))  # (C, S, S)
                     if number == len(groups):
                         groups.append(pixels.new_empty((len(views), len(picks), *pixels.shape)))

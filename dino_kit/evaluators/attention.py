@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import frozen
 from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
@@ -50,7 +51,9 @@ def require_size(image_size: Sequence[int], patch_size: int) -> None:
     _require_patches(image_size[0], image_size[-1], image_size, patch_size)
 
 
-def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image.Image:
+def fit(
+    image: Image.Image | Bands, image_size: Sequence[int], patch_size: int
+) -> Image.Image | Bands:
     """The picture whose patches are looked at: ``image`` resized, then cut to whole patches.
 
     Args:
@@ -74,12 +77,14 @@ def fit(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image
 
 
 def to_tensor(
-    image: Image.Image,
+    image: Image.Image | Bands | np.ndarray,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """An RGB ``image`` as a backbone sees it, ``(3, H, W)``."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    """``image``, or its pixels (H, W, C), as a backbone sees it, ``(C, H, W)``."""
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return Normalize(mean, std)(pixels)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from dino_kit import files, weights
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.augment import center_view, eval_sizes
-from dino_kit.data.decode import decode
-from dino_kit.data.sources import read_file
+from dino_kit.data.decode import convert, decode
+from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead
 from dino_kit.normalize import Normalize
@@ -45,11 +45,11 @@ class SavedHead(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S), normalised, to logits (B, C).
+    """Images (B, channels, S, S), normalised, to logits (B, C).
 
     Attributes:
         classes: names, in the order of the logits; numbers where the layer's file has no names.
-        transform: side, mean and deviation of the images that it was trained on.
+        transform: side, mean and deviation of the images that it was trained on, and their channels.
         features, head: what it consists of.
     """
 
@@ -68,14 +68,16 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
     def prepare(self, image: str | PathLike | Image.Image) -> Tensor:
-        """An image, or its file, as the network takes it: (3, S, S) float32, on the CPU.
+        """An image, or its file, as the network takes it: (channels, S, S) float32, on the CPU.
 
         Raises:
-            UserError: the file cannot be read as an image.
+            UserError: it cannot be read as an image of the network's channels.
         """
-        if not isinstance(image, Image.Image):
-            image = decode(read_file(image), str(image))
-        pixels = center_view(image.convert("RGB"), *eval_sizes(self.transform.image_size))
+        if isinstance(image, Image.Image):
+            image = convert(image, "The image", self.transform.pixels)
+        else:
+            image = decode(read_file(image), str(image), self.transform.pixels)
+        pixels = center_view(image, *eval_sizes(self.transform.image_size))
         normalize = Normalize(self.transform.mean, self.transform.std)
         return normalize(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
@@ -171,7 +173,7 @@ def read_head(path: Path) -> SavedHead:
         head,
         content.get("classes"),
         content.get("features", {}),
-        said and EvalTransform(said["image_size"], tuple(said["mean"]), tuple(said["std"])),
+        said and EvalTransform.from_plain(said),
         content.get("backbone", {}),
         content.get("epoch"),
     )

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit import attention_page, figures, files
+from dino_kit.data import bands
+from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -24,7 +26,7 @@ class Picture(NamedTuple):
 
     title: str
     folder: Path  # where its files go
-    image: Image.Image  # RGB, of any size
+    image: Image.Image | Bands  # RGB or what else the network takes, of any size
 
 
 def stop(picture: Picture, error: UserError) -> None:
@@ -77,8 +79,8 @@ def show(
     attention.require_size(image_size, backbone.patch_size)
     device = next(backbone.parameters()).device
 
-    def see(image: Image.Image) -> Tensor:
-        return attention.to_tensor(image, mean, std).to(device)  # (3, H, W)
+    def see(image: Image.Image | Bands) -> Tensor:
+        return attention.to_tensor(image, mean, std).to(device)  # (C, H, W)
 
     exhibits: list[attention_page.Exhibit] = []
     for picture in pictures:
@@ -88,9 +90,10 @@ def show(
             refuse(picture, error)
             continue
         maps = attention.attention_maps(backbone, see(image))  # (heads, h, w)
+        sight = bands.picture(image)
         written = figures.save_attention(
             picture.folder,
-            image,
+            sight,
             maps.numpy(),
             title=picture.title,
             masks=None if threshold is None else _masks(maps, threshold).numpy(),
@@ -106,7 +109,7 @@ def show(
             small = image.resize([n * backbone.patch_size for n in reversed(grid)])
             rows = attention.attention_rows(backbone, see(small))  # (heads, T, N)
             note = _note(grid, maps.shape[1:])
-            exhibits.append(attention_page.exhibit(picture.title, image, rows.numpy(), grid, note))
+            exhibits.append(attention_page.exhibit(picture.title, sight, rows.numpy(), grid, note))
     if exhibits:
         colours = {name: figures.colour_table(name) for name in _COLOURS}
         text = attention_page.page("Attention", page.origin, exhibits, colours, threshold)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from dino_kit import distributed, files, log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.loader import Loader
-from dino_kit.data.sources import Source, Subset, place
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
@@ -83,6 +82,7 @@ class HeadTraining:
             epochs=self.epochs,
             total_batch_size=self.total_batch_size,
             batch_size_per_gpu=self.batch_size_per_gpu,
+            pixels=self.transform.pixels,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=self.num_workers,
@@ -198,15 +198,13 @@ class HeadTraining:
 
     def _identity(self) -> dict[str, Any]:
         """What makes this training another than any other, as plain data."""
-        transform = self.transform._asdict()
         return {
             "classes": self.train.classes,
             "features": {
                 "n_last_blocks": self.features.n_last_blocks,
                 "avgpool_patchtokens": self.features.avgpool_patchtokens,
             },
-            "transform": {name: list(value) if isinstance(value, tuple) else value
-                          for name, value in transform.items()},
+            "transform": self.transform.plain(),
             "protocol": {
                 "epochs": self.epochs,
                 "lr": self.lr,
@@ -233,6 +231,7 @@ class HeadTraining:
                 f"{self.path} was not written by dino-kit linear, so a training cannot go on from "
                 "it; give another --output_dir."
             )
+        saved["transform"] = EvalTransform.from_plain(saved["transform"]).plain()
         changed = [
             f"{name} was {saved[group].get(name)} and is now {value}"
             for group in ("features", "transform", "protocol")
@@ -244,7 +243,7 @@ class HeadTraining:
             changed.append(f"the weights of {self.loaded.path} were others")
         for source in ("train", "val"):
             if saved["images"].get(source) != now["images"][source]:
-                changed.append(f"the images of {place(getattr(self, source))} were others")
+                changed.append(f"the images of {getattr(self, source).root} were others")
         if changed:
             raise UserError(
                 f"{self.path} was trained with other settings: {'; '.join(changed)}. Give another "
@@ -276,10 +275,9 @@ def shared_features(
 
 
 def _fingerprint(source: Source) -> str:
-    """A hash of the images' names and labels, which does not depend on where their folder lies."""
-    root = f"{place(source)}{os.sep}"
+    """A hash of the images' names and labels, which does not depend on where the images lie."""
     digest = hashlib.sha256()
     for index, label in enumerate(labels_of(source).tolist()):
-        name = source.name(index).removeprefix(root).encode("utf-8", "surrogatepass")
+        name = source.key(index).encode("utf-8", "surrogatepass")
         digest.update(name + f"\0{label}\n".encode())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_kit import patch_figures
 from dino_kit.backbones.interface import Features, HasSelfAttention, HasTokenMixing
+from dino_kit.data import bands
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention
 from dino_kit.evaluators.gallery import Picture, stop
@@ -120,12 +121,12 @@ def show(
         except UserError as error:
             refuse(picture, error)
             continue
-        seen = attention.to_tensor(image, mean, std).to(device)  # (3, H, W)
+        seen = attention.to_tensor(image, mean, std).to(device)  # (C, H, W)
         features = look(backbone, seen)
         mixing = mixing_rows(backbone, features.grid) if "mixing" in kinds else None
         written = patch_figures.save_patches(
             picture.folder,
-            image,
+            bands.picture(image),
             title=picture.title,
             similarity=similarity_map(features).numpy() if "similarity" in kinds else None,
             mixing=None if mixing is None else (mixing.places, mixing.rows.numpy()),

@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from dino_kit import figures, files, geometry
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.augment import center_view, eval_sizes, render
+from dino_kit.data.bands import picture
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import Source, Subset
+from dino_kit.data.pixels import Pixels
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.evaluators.attention import attention_maps, to_tensor
 from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.patches import look, similarity_map
 from dino_kit.features import embed, extract
 from dino_kit.randomness import stream
 from dino_kit.search import nearest
+from dino_kit.weights import EvalTransform
 
 LOOKS = "looks"  # the folder of the sheets
 _WATCHED = 1000  # images whose embeddings are compared
@@ -52,7 +55,7 @@ class Probe:
         labelled: bank and queries; None where there are no labels to go by.
         views: the two global views, whose crops have to find each other.
         seed: the run's; the crops are a function of it and so the same at every point.
-        image_size: S, at which the images are looked at.
+        transform: how the images are prepared, of S pixels a side.
         folder: the run's folder; sheets go into its ``looks/``.
         device: where the backbone is.
         num_workers: processes that read images; 0 for this one.
@@ -65,18 +68,20 @@ class Probe:
         *,
         views: Sequence[View],
         seed: int,
-        image_size: int,
+        transform: EvalTransform,
         folder: str | Path,
         device: torch.device,
         num_workers: int = 0,
     ):
         self.images = evenly(source, _WATCHED)
         some = evenly(self.images, _CROPPED)
-        self.crops = [_Crops(some, view, seed, number) for number, view in enumerate(views)]
+        self.crops = [
+            _Crops(some, view, seed, number, transform.pixels) for number, view in enumerate(views)
+        ]
         self.labelled = None
         if labelled is not None:
             self.labelled = evenly(labelled[0], _BANK), evenly(labelled[1], _QUERIES)
-        self.image_size, self.folder, self.device = image_size, Path(folder), device
+        self.transform, self.folder, self.device = transform, Path(folder), device
         self._how = {"device": device, "num_workers": num_workers, "description": ""}
 
     def __call__(
@@ -111,12 +116,12 @@ class Probe:
         return result | {"seconds": round(time.monotonic() - began, 1)}
 
     def _embed(self, backbone: nn.Module, source: Source, whole: bool = False) -> Tensor:
-        return embed(backbone, source, image_size=self.image_size, whole=whole, **self._how)
+        return embed(backbone, source, whole=whole, **self.transform._asdict(), **self._how)
 
     def _classify(self, backbone: nn.Module) -> dict[str, Any]:
         arrays: list[Tensor] = []
         for source in self.labelled:
-            arrays += extract(backbone, source, image_size=self.image_size, **self._how)
+            arrays += extract(backbone, source, **self.transform._asdict(), **self._how)
         k = min(_K, len(self.labelled[0]))
         scores = knn(*arrays, [k], _TEMPERATURE, search=nearest)[k]
         return {
@@ -136,9 +141,10 @@ class Probe:
         colours = figures.colour_table()
         panels: list[tuple[str, str, Image.Image]] = []
         for row, place in enumerate(shown):
-            image = self._image(place)
-            panels.append((f"image {row + 1}", "", _enlarged(image)))
-            seen = figures.overlay(_enlarged(image), self._map(backbone, image), colours)
+            view = self._view(place)
+            shown_image = self._picture(view)
+            panels.append((f"image {row + 1}", "", shown_image))
+            seen = figures.overlay(shown_image, self._map(backbone, view), colours)
             panels.append((_attends(backbone)[0], "", seen))
             others = [
                 (float(s), int(i))
@@ -146,7 +152,7 @@ class Probe:
                 if int(i) != place
             ]
             panels += [
-                (f"{likeness:.3f}", "", _enlarged(self._image(other)))
+                (f"{likeness:.3f}", "", self._picture(self._view(other)))
                 for likeness, other in others[: count - 1]
             ]
         return figures.sheet(
@@ -157,17 +163,22 @@ class Probe:
             columns=len(panels) // len(shown),
         )
 
-    def _map(self, backbone: nn.Module, image: Image.Image) -> np.ndarray:
+    def _map(self, backbone: nn.Module, view: np.ndarray) -> np.ndarray:
         """The mean of the heads' attention, or each patch's similarity to the whole: (h, w)."""
-        seen = to_tensor(image).to(self.device)
+        seen = to_tensor(view, self.transform.mean, self.transform.std).to(self.device)
         if isinstance(backbone, HasSelfAttention):
             return attention_maps(backbone, seen).mean(dim=0).numpy()
         return similarity_map(look(backbone, seen)).numpy()
 
-    def _image(self, place: int) -> Image.Image:
-        """An image as the network sees it, (S, S)."""
-        image = decode(self.images.read(place), self.images.name(place))
-        return Image.fromarray(center_view(image, *eval_sizes(self.image_size)))
+    def _view(self, place: int) -> np.ndarray:
+        """An image as the network sees it, (S, S, C)."""
+        pixels = self.transform.pixels
+        image = decode(self.images.read(place), self.images.name(place), pixels)
+        return center_view(image, *eval_sizes(self.transform.image_size))
+
+    def _picture(self, view: np.ndarray) -> Image.Image:
+        """It as it is shown on the sheet."""
+        return _enlarged(picture(decode(view, "the view", self.transform.pixels)))
 
 
 class _Crops:
@@ -175,20 +186,25 @@ class _Crops:
 
     classes = None
 
-    def __init__(self, source: Source, view: View, seed: int, number: int):
-        self.source, self.view, self.seed, self.number = source, view, seed, number
+    def __init__(self, source: Source, view: View, seed: int, number: int, pixels: Pixels):
+        self.source, self.view, self.pixels = source, view, pixels
+        self.seed, self.number = seed, number
+        self.root = source.root
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> np.ndarray:
-        image = decode(self.source.read(index), self.name(index))
+        image = decode(self.source.read(index), self.name(index), self.pixels)
         numbers = stream("probe crop", self.seed, index, self.number)
-        parameters = sample_crop(self.view, image.height, image.width, numbers)
+        parameters = sample_crop(self.view, image.height, image.width, numbers, self.name(index))
         return render(image, parameters)
 
     def label(self, index: int) -> None:
         return None
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
 
     def name(self, index: int) -> str:
         return self.source.name(index)

@@ -53,6 +53,7 @@ class Request(NamedTuple):
     total_batch_size: int | None = None
     arch: str | None = None
     device: str = "auto"
+    pixels: tuple[tuple[str, Any], ...] = ()  # settings of what an image becomes, where not usual
 
 
 class Run(NamedTuple):

@@ -317,7 +317,11 @@ def _crops(run: Run, survey: Survey) -> list[Choice]:
             "before it is resized."
         ),
         ("flip_prob",): "A mirrored digit is another sign.",
-        ("saturation", "hue", "gray_prob"): "The images have no colour that could change.",
+        ("saturation", "hue", "gray_prob"): (
+            "The images have no colour that could change."
+            if survey.channels == 3
+            else "They change the colours of RGB images, which these are not."
+        ),
         ("blur_prob", "solarize_prob"): "Pictures this small hold a stroke or two, and no detail.",
         ("blur_radius_min", "blur_radius_max"): (
             f"The paper's 0.1 to 2 pixels are for crops of 224, and at {crops.globals} would wipe "
@@ -336,6 +340,9 @@ def _crops(run: Run, survey: Survey) -> list[Choice]:
 
 def _rest(run: Run, request: Request) -> list[Choice]:
     choices = [Choice({"data_path": request.data_path}, "")]
+    if request.pixels:
+        flags = ", ".join(f"--{name}" for name, _ in request.pixels)
+        choices.append(Choice(dict(request.pixels), f"As asked for by {flags}."))
     if request.device != "auto":
         choices.append(Choice({"device": request.device}, "It was asked for by --device."))
     copies = run.epochs // rules.COPIES if run.epochs >= rules.EPOCHS_FOR_COPIES else 0

@@ -180,7 +180,7 @@ def crop_settings(survey: Survey, crops: CropSizes) -> dict[str, Any]:
     }
     if survey.digits:
         settings["flip_prob"] = (0.0,) * 3
-    if is_gray(survey):
+    if is_gray(survey) or survey.channels != 3:
         settings |= dict.fromkeys(("saturation", "hue", "gray_prob"), (0.0,) * 3)
     if survey.shorter[1] < TINY_SIDE:
         settings |= dict.fromkeys(("blur_prob", "solarize_prob"), (0.0,) * 3)

@@ -11,8 +11,12 @@ from statistics import median_low
 import numpy as np
 from PIL import Image
 
+from dino_kit.data.bands import Bands
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import DigitsSource, Source
+from dino_kit.data.pixels import RGB, Pixels
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.source import Source
+from dino_kit.data.tiff import is_tiff
 from dino_kit.errors import UserError
 
 _SIZES, _PIXELS = 256, 64  # images whose header, and whose pixels too, are read
@@ -33,10 +37,11 @@ class Survey:
     classes: int | None = None  # None where there are no labels
     digits: bool = False  # images of which it is known that a mirror makes others of them
     unreadable: tuple[str, ...] = ()  # sentences, one for each image of the sample
+    channels: int = 3
 
 
-def look(source: Source) -> Survey:
-    """Read the sizes of a sample of ``source``, and the pixels of a part of it.
+def look(source: Source, pixels: Pixels = RGB) -> Survey:
+    """Read the sizes of a sample of ``source``, and the pixels of a part of it as ``pixels`` says.
 
     Raises:
         UserError: no image of the sample can be read; the sentence says why for the first.
@@ -50,9 +55,9 @@ def look(source: Source) -> Survey:
     for index in chosen:
         try:
             data, name = source.read(index), source.name(index)
-            size, kind = _header(data, name)
+            size, kind = _header(data, name, pixels)
             if index in with_pixels:
-                without_colour.append(_is_gray(decode(data, name)))
+                without_colour.append(_is_gray(decode(data, name, pixels)))
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -74,6 +79,7 @@ def look(source: Source) -> Survey:
         classes=None if source.classes is None else len(source.classes),
         digits=isinstance(source, DigitsSource),
         unreadable=tuple(unreadable),
+        channels=pixels.in_chans,
     )
 
 
@@ -82,7 +88,9 @@ def _spread(length: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
 
 
-def _header(data: bytes | np.ndarray, name: str) -> tuple[tuple[int, int], str]:
+def _header(
+    data: bytes | np.ndarray, name: str, pixels: Pixels
+) -> tuple[tuple[int, int], str]:
     """Width and height, and the format of the file; of pixels it is empty."""
     if isinstance(data, np.ndarray):
         return (data.shape[1], data.shape[0]), ""
@@ -91,12 +99,14 @@ def _header(data: bytes | np.ndarray, name: str) -> tuple[tuple[int, int], str]:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 return image.size, image.format or ""
-    except Exception:
-        decode(data, name)  # raises the same, as a sentence
-        raise
+    except Exception:  # noqa: BLE001  # what Pillow does not read may be an array, or bands
+        image = decode(data, name, pixels)
+        return image.size, "TIFF" if is_tiff(data) else "NPY"
 
 
-def _is_gray(image: Image.Image) -> bool:
+def _is_gray(image: Image.Image | Bands) -> bool:
     """Whether the channels of an RGB image are equal, but for what compression does to them."""
+    if isinstance(image, Bands):
+        return False
     small = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
     return bool((small.max(axis=2) - small.min(axis=2)).max() <= _GRAY_TOLERANCE)

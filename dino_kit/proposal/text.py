@@ -80,7 +80,8 @@ def _seen(survey: Survey) -> str:
         else f"shorter sides of {smallest} to {largest} pixels, {middle} in the middle"
     )
     colour = (
-        "in colour" if not survey.gray
+        f"{survey.channels} channel{'s' * (survey.channels > 1)}" if survey.channels != 3
+        else "in colour" if not survey.gray
         else "without colour" if survey.gray == 1
         else f"{survey.gray:.0%} without colour"
     )

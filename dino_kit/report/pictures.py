@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, features
 
 from dino_kit.data.decode import decode
-from dino_kit.data.sources import read_file
+from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
 from dino_kit.report.record import Record, number
 

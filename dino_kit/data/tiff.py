@@ -1,0 +1,85 @@
+"""Bands and pages of a TIFF, which Pillow reads only in part.
+
+``tifffile`` reads them; some ways to compress (LZW, JPEG …) it knows only beside ``imagecodecs``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+from dino_kit.data.pixels import Pixels
+
+_BITS, _ORIENTATION, _SAMPLES, _KIND = 258, 274, 277, 339  # tags
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
+
+
+def is_tiff(data: bytes) -> bool:
+    return data[:4] in _MAGIC
+
+
+def leaves_out(image: Image.Image, pixels: Pixels) -> bool:
+    """Whether Pillow, which opened ``image``, would give less of a TIFF than is asked for.
+
+    Never of a file of 8 bits for three channels, which is read as the reference reads it.
+    """
+    channels = pixels.in_chans
+    deep = max(image.tag_v2.get(_BITS, (1,))) > 8
+    samples = image.tag_v2.get(_SAMPLES, 1)
+    if channels == 3 and not deep:
+        return False
+    if samples > 1 and deep:
+        return channels != 3 or pixels.value_range is not None
+    if samples == 1 and image.n_frames == channels > 1:
+        return True
+    return channels == samples != len(image.getbands())
+
+
+def stored_type(image: Image.Image) -> np.dtype:
+    """Of the values of an image of one channel."""
+    kind = {1: "u", 2: "i", 3: "f"}.get(image.tag_v2.get(_KIND, (1,))[0], "u")
+    return np.dtype(f"{kind}{image.tag_v2.get(_BITS, (8,))[0] // 8}")
+
+
+def read(data: bytes, in_chans: int) -> np.ndarray:
+    """The first image's channels, (C, H, W), of the type that they are stored in.
+
+    Its bands; or its pages, where those are as many as ``in_chans`` or each is of one band. Turned
+    as the file says, which Pillow does with every TIFF.
+
+    Raises:
+        ValueError: it is too large; or whatever tifffile raises of a broken file.
+    """
+    from tifffile import TiffFile
+
+    with TiffFile(io.BytesIO(data)) as file:
+        series, first = file.series[0], file.pages[0]
+        sizes = dict(zip(series.axes, series.shape, strict=True))
+        height, width, bands = sizes["Y"], sizes["X"], sizes.get("S", 1)
+        pages = math.prod(series.shape) // (height * width * bands)
+        if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{width} × {height} pixels could exhaust the memory")
+        # Where nothing fits, what comes nearest, of which a sentence can tell.
+        all_pages = bands != in_chans and (
+            pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
+        )
+        part = series if all_pages else first
+        array, axes = part.asarray(), part.axes
+        orientation = first.tags.valueof(_ORIENTATION, default=1)
+    order = [place for place, axis in enumerate(axes) if axis not in "YX"]
+    array = array.transpose(*order, axes.index("Y"), axes.index("X"))
+    return oriented(array.reshape(-1, *array.shape[-2:]), int(orientation))
+
+
+def oriented(planes: np.ndarray, orientation: int) -> np.ndarray:
+    """Planes (C, H, W), stored by one of the eight EXIF orientations, the right way up."""
+    if orientation in (5, 6, 7, 8):
+        planes = planes.transpose(0, 2, 1)
+    if orientation in (2, 3, 6, 7):
+        planes = planes[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        planes = planes[:, ::-1]
+    return planes
