@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -164,6 +166,54 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_weights(path: str | Path, content: Any) -> None:
+    """Write ``content``, tensors and plain data, as ``torch.save`` does, whole or not at all.
+
+    Raises:
+        OSError: the place cannot be written to, or is full; the old content stays.
+    """
+    import torch
+
+    with uninterrupted(), atomic_write(path) as file:
+        target = _Target(file)
+        torch.save(content, target)
+        if target.error is not None:
+            raise target.error
+
+
+class _Target:
+    """A file for ``torch.save``, which must not see an error: it ends in others, or the process."""
+
+    def __init__(self, file: IO):
+        self.file, self.flush = file, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within, an interruption from the keyboard waits; it is raised at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *what: received.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:

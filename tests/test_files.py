@@ -7,10 +7,13 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +216,44 @@ def test_names_that_are_no_valid_text_can_be_written_down(tmp_path, capsys):
     assert json.loads((tmp_path / "names.json").read_text("utf-8")) == {name: name}
     log.say(name)
     assert capsys.readouterr().out == "caf\\udce9.png\n"
+
+
+@pytest.mark.parametrize("limit", [0, 64, 5000, 40_000])
+def test_a_full_disk_is_what_a_write_of_weights_tells(tmp_path, limit):
+    # torch.save itself would end in a RuntimeError about a position, or in an abort.
+    code = f"""
+import errno, resource, sys, torch
+from dino_kit import files
+content = {{str(n): torch.zeros(1000) for n in range(20)}}
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    files.write_weights("weights.pth", content)
+except OSError as error:
+    sys.exit(42 if error.errno == errno.EFBIG else 1)
+"""
+    (tmp_path / "weights.pth").write_bytes(b"old")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 42, ran.stderr
+    assert os.listdir(tmp_path) == ["weights.pth"]
+    assert (tmp_path / "weights.pth").read_bytes() == b"old"
+
+
+def test_an_interruption_waits_until_the_weights_are_written(tmp_path, monkeypatch):
+    def interrupted(content, target):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)  # it would be raised here, at the latest
+        real(content, target)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_weights(tmp_path / "weights.pth", {"x": torch.arange(3)})
+    assert files.read_weights(tmp_path / "weights.pth")["x"].tolist() == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_weights_are_written_in_a_thread_too(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(files.write_weights, tmp_path / "weights.pth", {"x": torch.arange(3)}).result()
+    assert files.read_weights(tmp_path / "weights.pth")["x"].tolist() == [0, 1, 2]

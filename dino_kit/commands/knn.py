@@ -112,8 +112,7 @@ def _extract(
 def _write(folder: Path, arrays: tuple[Tensor, ...], origin: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in zip(_FILES, arrays, strict=True):
-        with files.atomic_write(folder / name) as file:
-            torch.save(array, file)
+        files.write_weights(folder / name, array)
     files.write_json(folder / _ORIGIN, origin)
     log.say(f"features written to {folder}")
 

@@ -193,8 +193,7 @@ class HeadTraining:
             "results": self.results,
             **self._identity(),
         }
-        with files.atomic_write(self.path) as file:
-            torch.save(content, file)
+        files.write_weights(self.path, content)
 
     def _identity(self) -> dict[str, Any]:
         """What makes this training another than any other, as plain data."""

@@ -44,16 +44,16 @@ def save(folder: str | Path, content: dict[str, Any], also_as: str | None = None
     """Write ``content`` as the newest checkpoint of ``folder``.
 
     What was the newest stays as the previous one; at no moment is there none. ``also_as`` keeps
-    the new one under a second name.
+    the new one under a second name. An interruption from the keyboard waits until all is written.
     """
     folder = Path(folder)
-    with files.atomic_write(folder / f"{NEWEST}.new") as file:
-        torch.save(content, file)
-    if (folder / NEWEST).exists():
-        files.same_content(folder / NEWEST, folder / PREVIOUS)
-    (folder / f"{NEWEST}.new").replace(folder / NEWEST)
-    if also_as is not None:
-        files.same_content(folder / NEWEST, folder / also_as)
+    with files.uninterrupted():
+        files.write_weights(folder / f"{NEWEST}.new", content)
+        if (folder / NEWEST).exists():
+            files.same_content(folder / NEWEST, folder / PREVIOUS)
+        (folder / f"{NEWEST}.new").replace(folder / NEWEST)
+        if also_as is not None:
+            files.same_content(folder / NEWEST, folder / also_as)
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
