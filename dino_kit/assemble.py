@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
-from dino_kit.config import architectures, fields, recipe
+from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
+from dino_kit.data.bad_images import BadImages
 from dino_kit.data.crops import View
 from dino_kit.data.loader import Batch, Loader, default_workers
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
@@ -33,121 +34,15 @@ from dino_kit.preparation import (
 )
 from dino_kit.resume import find_checkpoint
 from dino_kit.student_teacher import build_student_teacher
-from dino_kit.training import checkpoint, engine, optim
+from dino_kit.training import engine, optim
 from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 from dino_kit.training.plan import plan_epochs
 from dino_kit.training.precision import resolve_precision
+from dino_kit.training.run import Run
 
 REFERENCE_BATCH = 256  # the batch that --lr is given for
-
-
-@dataclass
-class Run:
-    """Everything that a run consists of, ready to go on from step ``start``."""
-
-    config: TrainConfig  # resolved
-    source: Source
-    names: str  # the fingerprint of the images' names
-    learner: Learner
-    loader: Loader
-    prepare: Prepare
-    monitor: Monitor
-    probe: Probe
-    skipped: engine.Skipped
-    start: int
-    replaces: bool  # an earlier run in the folder makes way
-
-    def train(self) -> None:
-        """Take the remaining steps.
-
-        Raises:
-            RunFailed: too many of them are not finite.
-            UserError: an image cannot be read, or another process is training in the folder.
-        """
-        if not distributed.is_main():
-            self._train()
-            return
-        folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with files.lock(folder, "training"):
-            files.remove_leftovers(folder)
-            if self.replaces:
-                checkpoint.remove(folder)
-            if self.start < self.loader.total_steps:
-                files.write_text(folder / "config.yaml", recipe.dump(self.config))
-            self._train()
-
-    def _train(self) -> None:
-        steps_per_epoch = self.loader.steps_per_epoch
-        self.monitor.open()
-        try:
-            self.look(self.start)
-            engine.train(
-                self.learner,
-                self.loader,
-                self.prepare,
-                self.monitor,
-                self.save,
-                self.look,
-                start=self.start,
-                total_steps=self.loader.total_steps,
-                steps_per_epoch=steps_per_epoch,
-                save_every_steps=self.config.save_every_steps,
-                skipped=self.skipped,
-                max_bad_steps=self.config.max_bad_steps,
-                stop_on_collapse=self.config.stop_on_collapse,
-                describe=self.describe,
-            )
-        finally:
-            self.monitor.close()
-
-    def save(self, done: int) -> None:
-        """Write the checkpoint of ``done`` steps, and its copy for good where one is due."""
-        state, monitored = self.learner.state_dict(), self.monitor.state_dict()
-        if not distributed.is_main():
-            return
-        epoch, rest = divmod(done, self.loader.steps_per_epoch)
-        content = {
-            **state,
-            "epoch": epoch,
-            "step": done,
-            "config": fields.to_plain(self.config),
-            "images": len(self.source),
-            "names": self.names,
-            "skipped": vars(self.skipped).copy(),
-            "monitor": monitored,
-        }
-        due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
-        checkpoint.save(
-            self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
-        )
-
-    def look(self, done: int) -> None:
-        """Probe the teacher after ``done`` steps, where an epoch ends at which that is due.
-
-        The main process does it while the others wait. The best checkpoint is the one of the best
-        probe with labels; without labels nothing says which is best, the loss least of all.
-        """
-        epoch, rest = divmod(done, self.loader.steps_per_epoch)
-        every, last = self.config.probe_freq, self.config.epochs
-        due = every and not rest and (epoch % every == 0 or epoch == last)
-        probes = self.monitor.probes
-        if not due or not distributed.is_main() or (probes and probes[-1]["step"] == done):
-            return
-        with self.monitor.paused():
-            result = self.probe(self.learner.teacher.backbone, epoch, probes)
-            self.monitor.record_probe(done, result)
-            if done and checkpoint.is_best([probe.get("knn_top1") for probe in probes]):
-                checkpoint.keep_as_best(self.config.output_dir)
-        log.say(f"epoch {epoch}: {result['sentence']}")
-
-    def describe(self, batches: Sequence[Batch]) -> str:
-        """The images of a step on this process, for the person who looks for the fault."""
-        names = [self.source.name(int(i)) for batch in batches for i in batch.indices]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"its images are {', '.join(names[:5])}{more}"
 
 
 def assemble(
@@ -199,11 +94,13 @@ def assemble(
         skipped = engine.Skipped(**saved["skipped"])
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
+    bad_images = BadImages(source, config.output_dir, config.max_bad_share)
     transform = transform_of(config)
     prepare = Prepare(device, transform.mean, transform.std)
     return Run(
-        config, source, names, learner, loader, prepare, monitor, probe, skipped, start, replaces
-    )
+        config, source, names, learner, loader, prepare, monitor, probe, bad_images, skipped,
+        start, replaces,
+    )  # fmt: skip
 
 
 class Prepare:
@@ -270,6 +167,7 @@ def build_loader(
         world_size=distributed.world_size(),
         num_workers=workers,
         start_step=start,
+        on_bad_image="replace" if config.on_bad_image == "skip" else "raise",
         pin_memory=device.type == "cuda",
     )
 

@@ -90,6 +90,15 @@ def _wait_for_all() -> None:
     dist.barrier()
 
 
+def total(number: int, device: torch.device) -> int:
+    """The sum of a whole number over the processes."""
+    if world_size() == 1:
+        return number
+    import torch
+
+    return int(all_reduce_sum(torch.tensor(number, device=device)))
+
+
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of ``tensor`` over the processes."""
     return all_reduce_sum(tensor) / world_size()

@@ -1,12 +1,14 @@
 """The features of a source's images, extracted once, for every evaluator.
 
-Legend: n images, B batch, C channels, S pixels of a side, D width.
+Images that cannot be used are left out, told, and counted: never replaced.
+
+Legend: n images, m of them that can be used, B batch, C channels, S pixels of a side, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,20 +21,36 @@ from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.source import Source
-from dino_kit.errors import UserError
+from dino_kit.errors import BadImage, UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 
-def extract(backbone: nn.Module, source: Source, **how: Any) -> tuple[Tensor, Tensor]:
-    """Pooled features (n, D), float32, and labels (n,), int64, of all images, on the CPU.
+class Features(NamedTuple):
+    """What :func:`embed` makes of a source, on the CPU."""
 
-    ``how`` is for :func:`embed`.
+    features: Tensor  # (m, D), float32
+    kept: Tensor  # (m,), int64, rising: the images that they are of
+    left_out: dict[str, str]  # the names of all others, each with the reason
+
+
+class LabelledFeatures(NamedTuple):
+    """Likewise, of a source with labels."""
+
+    features: Tensor  # (m, D), float32
+    labels: Tensor  # (m,), int64
+    left_out: dict[str, str]
+
+
+def extract(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures:
+    """Pooled features and labels of all images; ``how`` is for :func:`embed`.
 
     Raises:
-        UserError: an image has no label, or cannot be read; the sentence names it.
+        UserError: an image has no label, the sentence names it; or none can be used.
     """
     labels = labels_of(source)
-    return embed(backbone, source, **how), labels
+    features, kept, left_out = embed(backbone, source, **how)
+    require_some(source, left_out)
+    return LabelledFeatures(features, labels[kept], left_out)
 
 
 def embed(
@@ -48,8 +66,8 @@ def embed(
     device: torch.device | str = "cpu",
     description: str = "features",
     whole: bool = False,
-) -> Tensor:
-    """Pooled features of all images, in the order of the source, on the CPU.
+) -> Features:
+    """Pooled features of all images that can be used, in the order of the source.
 
     Images are resized and cut at the centre as after training at ``image_size`` (see
     :func:`~dino_kit.data.augment.eval_sizes`), travel as pixels, and are normalised on the device.
@@ -67,11 +85,8 @@ def embed(
         description: what the progress line calls it; empty for no line.
         whole: the images are S × S pixels already, and nothing is cut off.
 
-    Returns:
-        Features (n, D), float32.
-
     Raises:
-        UserError: an image cannot be read; the sentence names it.
+        UserError: the source cannot be read any more.
     """
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
@@ -84,16 +99,31 @@ def embed(
         pin_memory=device.type == "cuda",
     )
     features = torch.empty(len(source), backbone.embed_dim)
-    done = 0
+    kept: list[int] = []
+    left_out: dict[str, str] = {}
     with frozen(backbone, device), log.progress(len(source), description) as advance:
         for batch in loader:
             if isinstance(batch, str):
                 raise UserError(batch)
-            images = normalize(batch.to(device, non_blocking=True))  # (B, C, S, S)
-            features[done : done + len(images)] = backbone(images)
-            done += len(images)
-            advance(len(images))
-    return features
+            images, indices, bad = batch
+            left_out |= bad
+            if indices:
+                images = normalize(images.to(device, non_blocking=True))  # (B, C, S, S)
+                features[len(kept) : len(kept) + len(images)] = backbone(images)
+                kept += indices
+            advance(len(indices) + len(bad))
+    if left_out:
+        count, first = f"{len(left_out):,} of {len(source):,}", next(iter(left_out.values()))
+        verb = "is" if len(left_out) == 1 else "are"
+        log.notice(f"{count} images of {source.root} cannot be used and {verb} left out. {first}")
+    return Features(features[: len(kept)], torch.tensor(kept, dtype=torch.int64), left_out)
+
+
+def require_some(source: Source, left_out: dict[str, str]) -> None:
+    """Raises :class:`UserError` where no image of ``source`` could be used; it says why."""
+    if len(left_out) == len(source):
+        first = next(iter(left_out.values()))
+        raise UserError(f"None of the {len(source):,} images of {source.root} can be used. {first}")
 
 
 def labels_of(source: Source) -> Tensor:
@@ -107,6 +137,10 @@ def labels_of(source: Source) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
+# Images (B, C, S, S); which they are; and of those left out the names and reasons.
+_Batch = tuple[Tensor, list[int], dict[str, str]]
+
+
 class _Views(Dataset):
     def __init__(self, source: Source, pixels: Pixels, resize: int, crop: int):
         self.source, self.pixels, self.resize, self.crop = source, pixels, resize, crop
@@ -114,19 +148,26 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, indices: Sequence[int]) -> Tensor | str:
-        """(B, C, S, S); or a sentence, as an exception crosses processes as a traceback."""
+    def __getitems__(self, indices: Sequence[int]) -> _Batch | str:
+        """A sentence where nothing can be read, as an exception crosses processes as a traceback."""
         shape = (len(indices), self.crop, self.crop, self.pixels.in_chans)
-        batch = np.empty(shape, self.pixels.dtype)
+        images, kept = np.empty(shape, self.pixels.dtype), []
+        bad: dict[str, str] = {}
         try:
-            for place, index in enumerate(indices):
-                data, name = self.source.read(index), self.source.name(index)
-                image = decode(data, name, self.pixels)
-                batch[place] = center_view(image, self.resize, self.crop)
+            for index in indices:
+                name = self.source.name(index)
+                try:
+                    image = decode(self.source.read(index), name, self.pixels)
+                    images[len(kept)] = center_view(image, self.resize, self.crop)
+                except BadImage as error:
+                    bad[name] = str(error)
+                else:
+                    kept.append(index)
         except UserError as error:
             return str(error)
-        return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(images[: len(kept)]).permute(0, 3, 1, 2).contiguous()
+        return images, kept, bad
 
 
-def _as_it_is(batch: Tensor | str) -> Tensor | str:
+def _as_it_is(batch: _Batch | str) -> _Batch | str:
     return batch

@@ -13,7 +13,7 @@ from dino_kit.config.train import TrainConfig
 from dino_kit.data.crops import View
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
-from dino_kit.data.statistics import SAMPLE, measure
+from dino_kit.data.statistics import measure
 from dino_kit.normalize import statistics
 from dino_kit.weights import EvalTransform
 
@@ -81,7 +81,7 @@ def with_normalization(
     A run that goes on has them in its checkpoint, ``saved``; else the main process measures.
 
     Raises:
-        UserError: an image of the sample cannot be read.
+        UserError: no image of the sample can be used.
     """
     if not config.is_measured:
         return config
@@ -90,8 +90,9 @@ def with_normalization(
     # Apple's GPUs have no float64, and a process there is alone.
     where = device if device.type == "cuda" else "cpu"
     found = torch.zeros(2, config.in_chans, dtype=torch.float64, device=where)
+    images = 0
     if distributed.is_main():
-        measured = measure(source, pixels_of(config))
+        *measured, images = measure(source, pixels_of(config))
         found += torch.tensor(measured, dtype=torch.float64, device=where)
     mean, std = distributed.all_reduce_sum(found).tolist()  # of the main process alone
     still = [str(place) for place, deviation in enumerate(std, 1) if deviation == 0]
@@ -102,7 +103,7 @@ def with_normalization(
         )
     std = [deviation or 1.0 for deviation in std]
     log.say(
-        f"normalised as measured on {min(SAMPLE, len(source)):,} images: mean "
+        f"normalised as measured on {images:,} images: mean "
         f"{_numbers(mean)}, deviation {_numbers(std)}"
     )
     return replace(config, normalize=(*mean, *std))

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -266,10 +266,13 @@ def _neighbours(
     rest = np.random.default_rng(0).permutation(sorted(set(bank) - set(queries)))
     bank = [*queries, *rest.tolist()]
     try:
-        features = torch.cat(list(_features(loaded, source, bank, device)))  # (n, D)
+        features, bank = _features(loaded, source, bank, device)  # (n, D)
     except UserError as error:
         return [], str(error)
+    if not bank:
+        return [], "None of the images that were tried can be used."
     features = F.normalize(features, dim=1)
+    queries = [place for place in bank[: len(queries)] if place in queries]
     k = min(_FOUND + 1, len(features))
     similarity, index = search.nearest(features, features[: len(queries)], k)  # (queries, k)
     pixels = loaded.transform.pixels
@@ -296,19 +299,24 @@ def _neighbours(
 
 def _features(
     loaded: Loaded, source: Source, bank: Sequence[int], device: torch.device
-) -> Iterator[Tensor]:
-    """Features (n, D) part by part, until the time is over."""
+) -> tuple[Tensor, list[int]]:
+    """Features (n, D), and which images they are of: as far as the time suffices."""
     deadline = time.monotonic() + _SECONDS
+    parts: list[Tensor] = []
+    found: list[int] = []
     with log.progress(len(bank), "neighbours") as advance:
         for start in range(0, len(bank), _AT_A_TIME):
             part = bank[start : start + _AT_A_TIME]
-            yield embed(
+            features, kept, _ = embed(
                 loaded.backbone, Subset(source, part), **loaded.transform._asdict(),
                 batch_size=_AT_A_TIME, device=device, description="",
             )  # fmt: skip
+            parts.append(features)
+            found += [part[place] for place in kept.tolist()]
             advance(len(part))
             if time.monotonic() > deadline:
-                return
+                break
+    return torch.cat(parts), found
 
 
 def _tile(source: Source, place: int, similarity: float | None, pixels: Pixels) -> Tile:

@@ -210,7 +210,8 @@ def test_what_is_measured_is_the_mean_over_images_of_all_their_pixels(tmp_path):
     arrays = [rng.random((2, 5 + n, 9), np.float32) ** (n + 1) for n in range(4)]
     for n, array in enumerate(arrays):
         np.save(tmp_path / f"{n}.npy", array)
-    mean, std = statistics.measure(FolderSource(tmp_path), Pixels(in_chans=2))
+    mean, std, images = statistics.measure(FolderSource(tmp_path), Pixels(in_chans=2))
+    assert images == 4
     means = np.mean([a.mean(axis=(1, 2), dtype=np.float64) for a in arrays], axis=0)
     squares = np.mean([(a.astype(np.float64) ** 2).mean(axis=(1, 2)) for a in arrays], axis=0)
     np.testing.assert_allclose(mean, means, rtol=1e-3)
@@ -222,7 +223,7 @@ def test_rgb_images_are_measured_too_from_a_sample_spread_evenly(tmp_path, monke
     for n in range(10):
         Image.new("RGB", (4, 4), (n * 20, 100, 255 * (n % 2))).save(tmp_path / f"{n}.png")
     source = FolderSource(tmp_path)
-    mean, std = statistics.measure(source, Pixels())
+    mean, std, _ = statistics.measure(source, Pixels())
     assert mean == pytest.approx([90 / 255, 100 / 255, 0.5], rel=1e-3)
     assert std == pytest.approx([np.std(np.arange(10) * 20) / 255, 0, 0.5], rel=1e-3, abs=1e-6)
     monkeypatch.setattr(statistics, "SAMPLE", 2)
@@ -259,8 +260,15 @@ def test_an_image_that_cannot_be_measured_is_named(tmp_path, capsys):
         *TINY,
     ]
     assert cli.main(["train", *line]) == 2
-    said = capsys.readouterr().err
-    assert f"{tmp_path}/5.npy holds floats from 1.25 to 1.25" in said and said.count("\n") == 1
+    said = capsys.readouterr()
+    assert "normalised as measured on 5 images" in said.out
+    assert "npy holds floats from 1." in said.err and "Traceback" not in said.err
+    assert "3 of the 8 images looked at so far cannot be used, and --max_bad_share" in said.err
+    for n in range(5):
+        (tmp_path / f"{n}.npy").unlink()
+    assert cli.main(["train", *line, "--total_batch_size", "2"]) == 2
+    assert "None of 3 images of" in (said := capsys.readouterr().err)
+    assert f"{tmp_path}/7.npy holds floats from 1.75 to 1.75" in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -420,9 +428,9 @@ def test_a_turned_picture_has_the_features_of_the_upright_one_where_exif_applies
     source = FolderSource(tmp_path)
     first, second = embed(
         backbone, source, image_size=16, pixels=Pixels(exif="apply"), description=""
-    )
+    ).features
     torch.testing.assert_close(first, second)
-    first, second = embed(backbone, source, image_size=16, description="")
+    first, second = embed(backbone, source, image_size=16, description="").features
     assert not torch.allclose(first, second, atol=1e-3)
 
 

@@ -378,7 +378,7 @@ def test_every_field_is_read_by_its_command(name):
     schema = COMMANDS[name].schema
     modules = [f"commands/{name}"]
     if issubclass(schema, TrainConfig):
-        modules += ["assemble", "preparation", "commands/train"]
+        modules += ["assemble", "preparation", "training/run", "commands/train"]
     if issubclass(schema, Checkpoint):
         modules += ["evaluation"]
     by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights"}

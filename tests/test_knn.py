@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dino_kit import cli, files
+from dino_kit import cli, files, log
 from dino_kit.backbones.build import create_backbone
 from dino_kit.errors import UserError
 from dino_kit.evaluators import knn as evaluator
@@ -254,12 +254,28 @@ def test_a_fault_is_a_sentence_and_writes_nothing(small, capsys, flags, message)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_image_is_a_sentence_that_names_it(small, capsys, workers):
-    (small / "data/val/light/1.png").write_bytes(b"no image")
+def test_a_broken_image_is_left_out_named_and_counted(small, capsys, monkeypatch, workers):
+    monkeypatch.setattr(log, "_noticed", set())
+    assert knn_command(small, "--num_workers", workers) == 0
+    whole = json.loads((small / "run/knn.json").read_text())
+    assert whole["left_out"] == {"bank": {}, "queries": {}}
+    (broken := small / "data/val/light/1.png").write_bytes(b"no image")
+    assert knn_command(small, "--num_workers", workers) == 0
+    said = capsys.readouterr()
+    assert "1.png cannot be read as an image" in said.err and "left out" in said.err
+    found = json.loads((small / "run/knn.json").read_text())
+    assert found["test_images"] == whole["test_images"] - 1
+    assert found["train_images"] == whole["train_images"]
+    assert f"{found['test_images']} images classified" in said.out
+    assert found["left_out"]["bank"] == {} and list(found["left_out"]["queries"]) == [str(broken)]
+
+
+def test_where_no_query_can_be_used_nothing_is_written(small, capsys):
+    for path in (small / "data/val").rglob("*.png"):
+        path.write_bytes(b"no image")
     before = _untouched(small)
-    assert knn_command(small, "--num_workers", workers) == 2
-    error = capsys.readouterr().err
-    assert "1.png cannot be read as an image" in error and "Traceback" not in error
+    assert knn_command(small) == 2
+    assert "None of the" in (said := capsys.readouterr().err) and "cannot be read" in said
     assert _untouched(small) == before
 
 

@@ -177,8 +177,10 @@ def test_training_is_that_of_plain_pytorch():
         assert (done, line["epoch"]) == (epoch + 1, epoch)
         assert line["train_lr"] == pytest.approx(rate, abs=1e-12)
         assert line["train_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+        assert line["train_images"] == len(losses) and line["test_images"] == len(data.labels)
         assert list(line) == [
-            "train_loss", "train_lr", "epoch", "test_loss", "test_acc1", "test_acc5",
+            "train_loss", "train_lr", "train_images", "epoch",
+            "test_loss", "test_acc1", "test_acc5", "test_images",
         ]  # fmt: skip
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(head.linear.state_dict()[name], value, rtol=0, atol=1e-6)
@@ -190,6 +192,21 @@ def test_a_step_without_images_here_takes_the_others_gradient_and_nothing_of_its
     none = Step(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64), 8)
     ((_, line),) = data.fit(head, iter([none] * 3))
     assert torch.equal(before, head.linear.weight) and line["train_loss"] == 0
+
+
+def test_a_step_without_images_anywhere_does_not_even_roll_on():
+    data = Data(epochs=1)
+    nothing = Step(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64), 0)
+    first, *_ = data.steps()
+    heads = [LinearHead(WIDTH, CLASSES) for _ in range(2)]
+    data.steps_per_epoch = 1
+    ((_, expected),) = data.fit(heads[0], iter([first]))
+    data.steps_per_epoch = 3
+    ((_, line),) = data.fit(heads[1], iter([first, nothing, nothing]))
+    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
+    assert line == expected
+    with pytest.raises(UserError, match="None of the images of epoch 1 can be used"):
+        data.fit(heads[1], iter([nothing] * 3))
 
 
 def test_a_part_of_a_step_counts_by_its_share_of_the_whole():

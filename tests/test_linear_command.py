@@ -163,7 +163,7 @@ def test_the_files_of_a_training(whole, data):
     for name, line in {"last": log_lines[-1], "best": best}.items():
         assert found["results"][name] == {
             "epochs": line["epoch"] + 1, "top1": line["test_acc1"], "top5": line["test_acc5"],
-            "loss": line["test_loss"],
+            "loss": line["test_loss"], "images": VAL, "train_images": TRAIN,
         }  # fmt: skip
     assert found["results"]["last"]["top1"] > 2 * found["largest_class_percent"]
     assert found["largest_class_percent"] == pytest.approx(100 / len(CLASSES))
@@ -426,11 +426,15 @@ def launch(*line) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_two_processes_are_the_same_training_and_evaluate_the_same(data, tmp_path):
-    """31 images in steps of 6 leave a last one of a single image, and 13 to validate on are odd."""
+    """31 images in steps of 6 leave a last one of a single image, and 13 to validate on are odd.
+
+    One of each cannot be used.
+    """
     shutil.copytree(data, tmp_path / "odd")
     for part in ("train", "val"):
         more = tmp_path / "odd" / part / "gray"
         shutil.copy(more / "0.png", more / "9.png")
+        (more / "1.png").write_bytes(b"no image")
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(tmp_path / "odd", one, "--total_batch_size", 6) == 0
     shutil.copytree(one, two)
@@ -440,6 +444,7 @@ def test_two_processes_are_the_same_training_and_evaluate_the_same(data, tmp_pat
     done = launch(*line, "--total_batch_size", 6, "--batch_size_per_gpu", 3)
     assert done.stdout.count("written to") == 1  # one process speaks
     assert_equal_up_to_rounding(one, two)
+    assert record(two)["left_out"] == record(one)["left_out"] == {"train": 1, "validation": 1}
     shutil.rmtree(tmp_path / "odd/train")
     launch(two, "--evaluate", "--val_data", tmp_path / "odd/val", "--num_workers", 0)
     found = record(two, "linear_evaluate.json")["results"]
@@ -674,12 +679,31 @@ def test_labels_that_do_not_fit_are_refused(data, tmp_path, capsys, change, mess
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_broken_image_is_named(data, tmp_path, capsys, part, workers):
+def test_a_broken_image_is_left_out_and_counted(data, whole, tmp_path, capsys, part, workers):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / part / "gray/1.png").write_bytes(b"no image")
-    assert train(tmp_path / "data", tmp_path / "run", "--num_workers", workers) == 2
-    error = capsys.readouterr().err
-    assert "1.png cannot be read as an image" in error and "Traceback" not in error
+    for _ in range(2):  # the second finds the training finished
+        assert train(tmp_path / "data", tmp_path / "run", "--num_workers", workers) == 0
+        assert "1.png cannot be read as an image" in capsys.readouterr().err or _
+        found, before = record(tmp_path / "run"), record(whole)
+        counts = {"train": "train_images", "val": "test_images"}
+        for name, key in counts.items():
+            assert found[key] == before[key] - (name == part)
+        assert found["left_out"] == {"train": int(part == "train"), "validation": int(part == "val")}
+    flags = ["--val_data", str(tmp_path / "data/val")]
+    assert evaluate(tmp_path / "run", *flags) == 0
+    found = record(tmp_path / "run", "linear_evaluate.json")
+    assert found["left_out"] == {"validation": int(part == "val")}
+    assert found["results"]["top1"] == record(tmp_path / "run")["results"]["last"]["top1"]
+
+
+def test_a_step_whose_images_are_all_bad_changes_nothing(data, tmp_path, capsys):
+    """Nor does an epoch: the sentence says that there is nothing to learn from."""
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data/train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert train(tmp_path / "data", tmp_path / "run") == 2
+    assert "None of the images of epoch 1 can be used" in capsys.readouterr().err
 
 
 def test_a_rate_that_is_too_high_stops_with_a_reason(data, tmp_path, capsys):

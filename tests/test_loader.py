@@ -314,10 +314,103 @@ def test_a_broken_image_ends_the_run_with_its_name(expected, workers):
     assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
 
 
+BROKEN = (2, 7, 8)
+
+
+def columns(loader: Loader) -> list[list[tuple[int, int, tuple]]]:
+    """For each step: image, place and crops of each column."""
+    return [
+        [
+            (index, place, tuple(group[:, column].numpy().tobytes() for group in batch.groups))
+            for batch in step
+            for column, (index, place) in enumerate(
+                zip(batch.indices.tolist(), batch.places.tolist(), strict=True)
+            )
+        ]
+        for step in loader
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_another_image_takes_the_place_of_one_that_cannot_be_used(expected, workers):
+    loader = load(Pictures(11, BROKEN), on_bad_image="replace", num_workers=workers)
+    steps = list(loader)
+    found = [batch for (batch,) in steps]
+    replaced, seen = 0, set()
+    for batch, places in zip(found, expected, strict=True):
+        assert batch.places.tolist() == [0, 1, 2, 3]
+        told = [index for index, _ in batch.bad]
+        for column, (index, place) in enumerate(zip(batch.indices, range(4), strict=True)):
+            wanted, crops = places[place]
+            own = tuple(group[:, column].numpy().tobytes() for group in batch.groups)
+            if wanted in BROKEN:
+                assert int(index) not in BROKEN and wanted in told
+                replaced += 1
+            else:
+                assert (int(index), own) == (wanted, crops)
+        assert set(told) >= {places[place][0] for place in range(4)} & set(BROKEN)
+        for index, sentence in batch.bad:
+            assert sentence.startswith(f"picture {index} cannot be read as an image: ")
+            seen.add(index)
+    assert replaced and seen == set(BROKEN)
+
+
+def test_what_takes_the_place_depends_on_seed_epoch_and_image_alone():
+    options = {"source": Pictures(11, BROKEN), "on_bad_image": "replace"}
+    once = columns(load(**options))
+    assert columns(load(**options, num_workers=3)) == once
+    assert columns(load(**options, start_step=3)) == once[3:]
+    parts = [columns(load(**options, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [one + two for one, two in zip(*parts, strict=True)] == once
+    smaller = [sorted(step) for step in columns(load(**options, batch_size_per_gpu=3))]
+    assert smaller == [sorted(step) for step in once]
+    assert columns(load(**options, seed=6)) != once
+
+
+def test_the_crops_are_not_those_that_the_other_image_has_of_its_own():
+    """Else an image that stands in for another would be in the batch twice, with equal crops."""
+    source = Pictures(4, broken=(0, 1, 2))
+    options = {"total_batch_size": 4, "epochs": 1, "on_bad_image": "replace"}
+    ((batch,),) = load(source, **options)
+    assert batch.indices.tolist() == [3] * 4
+    crops = {tuple(group[:, column].numpy().tobytes() for group in batch.groups)
+             for column in range(4)}  # fmt: skip
+    assert len(crops) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_nothing_can_take_the_place_the_run_ends_in_a_sentence(workers):
+    loader = load(Pictures(11, tuple(range(11))), on_bad_image="replace", num_workers=workers)
+    with pytest.raises(UserError, match=r"^picture \d+ cannot be .* Neither can any of 100 other"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_used_is_left_out_where_that_is_asked(expected, workers):
+    loader = load(Pictures(11, BROKEN), on_bad_image="leave_out", num_workers=workers)
+    steps = columns(loader)
+    for step, places in zip(steps, expected, strict=True):
+        kept = [(*places[place], place) for place in range(4) if places[place][0] not in BROKEN]
+        assert step == [(index, place, crops) for index, crops, place in kept]
+    assert sum(map(len, steps)) < sum(map(len, expected))
+    ((batch,), *_) = load(Pictures(4, (0, 1, 2, 3)), on_bad_image="leave_out")
+    assert batch.groups == [] and len(batch.indices) == len(batch.places) == 0
+    assert len(batch.bad) == 4
+
+
+def test_an_image_that_is_too_small_for_a_crop_as_it_is_can_be_replaced_too():
+    groups = [[View(10, None, blur_prob=0)] * 2]  # pictures are 9 to 12 pixels high
+    ((batch,), *_) = load(groups=groups, total_batch_size=11, batch_size_per_gpu=11,
+                          on_bad_image="replace")  # fmt: skip
+    assert [index for index, _ in batch.bad]
+    assert all(9 + index % 4 >= 10 for index in batch.indices.tolist())
+
+
+@pytest.mark.parametrize("on_bad_image", ["raise", "replace", "leave_out"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_that_cannot_read_ends_the_run_with_its_sentence(workers):
+def test_a_source_that_cannot_read_ends_the_run_with_its_sentence(workers, on_bad_image):
     with pytest.raises(UserError, match=r"^a/b\.png cannot be opened: Gone\. .*: replace the"):
-        list(load(Unreadable(11), num_workers=workers))
+        list(load(Unreadable(11), num_workers=workers, on_bad_image=on_bad_image))
 
 
 class Unreadable(Pictures):

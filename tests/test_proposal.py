@@ -427,19 +427,20 @@ def test_a_single_image_is_enough_to_look_at():
     assert proposal_of(survey, hours=0.01).settings["total_batch_size"] == 1
 
 
-def test_broken_images_are_counted_and_nothing_but_them_is_refused(folder):
+def test_broken_images_are_counted_and_where_most_are_is_refused(folder):
     (folder.root / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(UserError) as caught:
         look(FolderSource(folder.root))
-    assert str(caught.value).startswith("The image cannot be read: ")
+    assert str(caught.value).startswith("1 of 1 images that were tried cannot be used. ")
     (folder.root / "empty.png").write_bytes(b"")
-    with pytest.raises(UserError, match="None of 2 images that were tried can be read: "):
-        look(FolderSource(folder.root))
     folder("whole.png", 32, 32)
+    with pytest.raises(UserError, match="2 of 3 images that were tried cannot be used. "):
+        look(FolderSource(folder.root))
+    folder("too.png", 32, 32)
     survey = look(FolderSource(folder.root))
     assert len(survey.unreadable) == 2 and survey.shorter == (32, 32, 32)
     said = as_text(proposal_of(survey, hours=0.1), "", "").replace("\n#           ", " ")
-    assert "2 cannot be read, and a run stops at one that cannot" in said
+    assert "2 cannot be used; a run takes others in their place, and ends beyond" in said
 
 
 def test_a_header_that_lies_is_found_where_pixels_are_read(folder):

@@ -135,7 +135,7 @@ def test_flags_reach_the_recipe(pictures, known, capsys):
 def test_a_broken_image_is_noticed(pictures, known, capsys):
     (pictures / "train/class0/x.png").write_bytes(b"")
     out, err = made(capsys, pictures, "--hours", "0.01")
-    assert "notice: 1 of 9 images that were tried cannot be read, and a run stops at one" in err
+    assert "notice: 1 of 9 images that were tried cannot be used; a run takes others in" in err
     assert "the file is empty" in out
 
 
@@ -191,7 +191,7 @@ def test_unreadable_images_are_refused(tmp_path, known, capsys):
         (tmp_path / f"{name}.jpg").write_bytes(b"no picture")
     assert cli.main(["recipe", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "None of 2 images that were tried can be read: " in err and not known.asked
+    assert "2 of 2 images that were tried cannot be used. " in err and not known.asked
 
 
 def test_a_single_image_will_do(tmp_path, known, capsys):

@@ -94,7 +94,7 @@ def test_neighbours_are_the_nearest_without_the_image_itself(trained, pictures):
     source = FolderSource(pictures)
     rows, note = reporting._neighbours(loaded, reporting._Data(source), torch.device("cpu"))
     assert len(rows) == 8 and "what is of the image's own class is in bold" in note
-    everything = reporting.embed(loaded.backbone, source, **loaded.transform._asdict())
+    everything = reporting.embed(loaded.backbone, source, **loaded.transform._asdict())[0]
     everything = nn.functional.normalize(everything, dim=1)
     names = [reporting._short(source, place) for place in range(len(source))]
     for row in rows:

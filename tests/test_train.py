@@ -346,7 +346,7 @@ def test_a_checkpoint_of_another_tool_is_no_run_to_go_on_with(
 def test_an_image_that_cannot_be_read_says_what_to_do(pictures, tmp_path, capsys):
     shutil.copytree(pictures, tmp_path / "data")
     (tmp_path / "data/class0/0.png").write_bytes(b"junk")
-    assert train(tmp_path / "data", tmp_path / "out") == 2
+    assert train(tmp_path / "data", tmp_path / "out", "--on_bad_image", "raise") == 2
     said = capsys.readouterr().err
     assert "0.png cannot be read as an image" in said and "replace the file" in said
 
@@ -462,7 +462,8 @@ def test_a_broken_image_ends_the_run_with_its_name(pictures, tmp_path, capsys):
         Image.new("RGB", (20, 20)).save(data / f"{number}.png")
     (data / "5.png").write_bytes(b"no image")
     for workers in (0, 1):
-        assert train(data, tmp_path / "out", "--num_workers", workers) == 2
+        flags = ["--num_workers", workers, "--on_bad_image", "raise"]
+        assert train(data, tmp_path / "out", *flags) == 2
         said = capsys.readouterr().err
         assert "5.png cannot be read as an image" in said and "Traceback" not in said
 

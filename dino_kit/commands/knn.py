@@ -87,15 +87,16 @@ def _extract(
     device = distributed.choose_device(config.device)
     sources = evaluation.labelled_sources(config, target)
     arrays: list[Tensor] = []
-    for source, description in zip(sources, ("features (bank)", "features (queries)"), strict=True):
-        features, labels = extract(
+    left_out: dict[str, dict[str, str]] = {}
+    for source, role in zip(sources, ("bank", "queries"), strict=True):
+        features, labels, left_out[role] = extract(
             loaded.backbone,
             source,
             **transform._asdict(),
             batch_size=config.batch_size_per_gpu,
             num_workers=default_workers() if config.num_workers is None else config.num_workers,
             device=device,
-            description=description,
+            description=f"features ({role})",
         )
         arrays += [F.normalize(features, dim=1), labels]
     origin = {
@@ -103,6 +104,7 @@ def _extract(
         "transform": evaluation.described(transform),
         "data": evaluation.data_flags(config),
         "read": dict(zip(("bank", "queries"), (source.root for source in sources), strict=True)),
+        "left_out": left_out,
         "class_names": sources[0].classes,
         "device": str(device),
     }

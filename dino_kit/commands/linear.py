@@ -56,7 +56,8 @@ def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.dev
     if not distributed.is_main():
         return
     chance = _chance(labels_of(training.val), labels_of(training.train))
-    files.write_json(Path(f"{target}.json"), _record(config, training, chance))
+    left_out = training.left_out()
+    files.write_json(Path(f"{target}.json"), _record(config, training, chance, left_out))
     if training.start == training.epochs:
         log.say(f"{training.path} holds this training already, finished")
     _table(
@@ -66,8 +67,8 @@ def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.dev
         }
     )
     log.say(
-        f"{len(training.val):,} images classified; answering always with the largest class gives "
-        f"{chance:.2f} %"
+        f"{len(training.val) - left_out['validation']:,} images classified; answering always with "
+        f"the largest class gives {chance:.2f} %"
     )
     log.say(f"written to {target}.json; the head is {training.path}, and classifies images by")
     words = ["dino-kit", "linear", config.weights, "--evaluate", "--val_data", "FOLDER"]
@@ -130,12 +131,15 @@ def _introduce(training: HeadTraining) -> None:
         log.say(f"going on after epoch {training.start:,} of {training.epochs:,}")
 
 
-def _record(config: LinearConfig, training: HeadTraining, chance: float) -> dict[str, Any]:
+def _record(
+    config: LinearConfig, training: HeadTraining, chance: float, left_out: dict[str, int]
+) -> dict[str, Any]:
     return {
         "results": training.results,
         "largest_class_percent": chance,
-        "train_images": len(training.train),
-        "test_images": len(training.val),
+        "train_images": len(training.train) - left_out["train"],
+        "test_images": len(training.val) - left_out["validation"],
+        "left_out": left_out,
         "classes": len(training.train.classes),
         "features": _features(training.features),
         "total_batch_size": training.total_batch_size,
@@ -176,7 +180,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
     log.say(f"head {saved.path}{age}: {_described(features)}, {number} classes")
 
     distributed.start(device)
-    rows, labels = shared_features(
+    rows, labels, _ = shared_features(
         features,
         val,
         transform,
@@ -195,7 +199,8 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
         {
             "results": result,
             "largest_class_percent": chance,
-            "test_images": len(val),
+            "test_images": found["images"],
+            "left_out": {"validation": len(val) - found["images"]},
             "classes": number,
             "features": _features(features),
             "head": _file(saved.path),
@@ -210,7 +215,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
     )
     _table({saved.path.name: result})
     log.say(
-        f"{len(val):,} images classified; answering always with their largest class gives "
+        f"{found['images']:,} images classified; answering always with their largest class gives "
         f"{chance:.2f} %"
     )
     log.say(f"written to {target}_evaluate.json")

@@ -128,7 +128,7 @@ def _accuracy(
     """k-NN top-1, in percent, of the test digits of ``data`` among the training digits."""
     arrays: list[Tensor] = []
     for source in open_labelled_sources(data):
-        arrays += extract(network, source, device=device, description="", **transform)
+        arrays += extract(network, source, device=device, description="", **transform)[:2]
     return knn(*arrays, [_K], _TEMPERATURE)[_K]["top1"]
 
 

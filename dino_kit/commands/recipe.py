@@ -80,7 +80,7 @@ def _write(config: RecipeConfig) -> str:
     for sentence in survey.unreadable[:1]:
         log.notice(
             f"{len(survey.unreadable)} of {survey.sampled:,} images that were tried cannot be "
-            f"read, and a run stops at one that cannot: {sentence}"
+            f"used; a run takes others in their place, and ends beyond --max_bad_share: {sentence}"
         )
     machine = find_machine(device, usable_cores(), default_workers())
     if machine.is_busy:

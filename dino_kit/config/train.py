@@ -25,8 +25,10 @@ RESUMABLE = frozenset(
         "device",
         "download",
         "log_every_steps",
+        "max_bad_share",
         "max_bad_steps",
         "num_workers",
+        "on_bad_image",
         "output_dir",
         "probe_data",
         "probe_freq",
@@ -244,6 +246,14 @@ class Data:
     num_workers: int | None = option(
         None, "Processes that load data; 0 loads in the run's own.", low=0,
         nothing="usable cores, 10 at most",
+    )
+    on_bad_image: Literal["skip", "raise"] = option(
+        "skip",
+        "An image that cannot be read: skip takes another in its place and names it in "
+        "bad_images.txt; raise ends the run.",
+    )
+    max_bad_share: float = option(
+        0.01, "Share of such images, of those looked at, beyond which the run ends.", low=0, high=1
     )
 
 

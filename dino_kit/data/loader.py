@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,12 @@ from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.source import Source
-from dino_kit.errors import UserError
+from dino_kit.errors import BadImage, UserError
 from dino_kit.randomness import stream
+
+_TRIES = 100  # images drawn in the place of one that cannot be used, before the run gives up
+
+OnBadImage = Literal["raise", "replace", "leave_out"]
 
 
 class Batch(NamedTuple):
@@ -31,8 +35,9 @@ class Batch(NamedTuple):
     # (V_g, B, C, S_g, S_g) for each size, the two global crops first: uint8 of RGB images, float32
     # in [0, 1] of others.
     groups: list[Tensor]
-    indices: Tensor  # (B,) int64: images of the source
+    indices: Tensor  # (B,) int64: images of the source, as they were used
     places: Tensor  # (B,) int64: places in the step's global batch
+    bad: tuple[tuple[int, str], ...] = ()  # images that cannot be used, each with the reason
 
 
 class Pick(NamedTuple):
@@ -59,9 +64,13 @@ class Loader:
         start_step: optimiser steps that were taken before.
         drop_last: whether the last short batch of an epoch is dropped. A process may have no image
             of one that is not: its step then is one micro-batch of none, without groups.
+        on_bad_image: what becomes of an image that cannot be used. ``raise`` ends the iteration;
+            ``replace`` draws another, from which the crops are made that the bad one would have
+            had, as a function of seed, epoch and image; ``leave_out`` makes the batch smaller.
 
     Raises:
-        UserError: the batch cannot be split evenly, or is larger than the source.
+        UserError: the batch cannot be split evenly, or is larger than the source; while iterating,
+            an image cannot be used.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Loader:
         num_workers: int = 0,
         start_step: int = 0,
         drop_last: bool = True,
+        on_bad_image: OnBadImage = "raise",
         pin_memory: bool = False,
         multiprocessing_context: str | None = None,
     ):
@@ -96,6 +106,7 @@ class Loader:
         sizes = [total_batch_size] * whole + ([rest] if rest and not drop_last else [])
         self.steps_per_epoch = len(sizes)
         self.total_steps = epochs * self.steps_per_epoch
+        self.total_batch_size = total_batch_size
         self.num_workers, self.start_step = num_workers, start_step
         # All steps of an epoch but its last are alike, so they share one list.
         parts = {size: _parts(size, rank, world_size, batch_size_per_gpu) for size in set(sizes)}
@@ -104,7 +115,7 @@ class Loader:
             len(source), seed, total_batch_size, self._parts, start_step, self.total_steps
         )
         self._batches = DataLoader(
-            _Crops(source, groups, seed, pixels),
+            _Crops(source, groups, seed, pixels, on_bad_image),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_as_it_is,
@@ -179,10 +190,15 @@ class _Crops(Dataset):
     """Makes a whole micro-batch at once, so that each crop is written straight to its place."""
 
     def __init__(
-        self, source: Source, groups: Sequence[Sequence[View]], seed: int, pixels: Pixels
+        self,
+        source: Source,
+        groups: Sequence[Sequence[View]],
+        seed: int,
+        pixels: Pixels,
+        on_bad_image: OnBadImage,
     ):
         self.source, self.groups = source, [list(group) for group in groups]
-        self.seed, self.pixels = seed, pixels
+        self.seed, self.pixels, self.on_bad_image = seed, pixels, on_bad_image
 
     def __len__(self) -> int:
         return len(self.source)
@@ -196,24 +212,58 @@ class _Crops(Dataset):
 
     def _batch(self, picks: Sequence[Pick]) -> Batch:
         groups: list[Tensor] = []
-        for column, pick in enumerate(picks):
-            name = self.source.name(pick.index)
-            image = decode(self.source.read(pick.index), name, self.pixels)
-            view_number = 0
-            for number, views in enumerate(self.groups):
-                for row, view in enumerate(views):
-                    rng = stream("crop", self.seed, pick.epoch, pick.index, view_number)
-                    parameters = sample_crop(view, image.height, image.width, rng, name)
-                    pixels = _channels_first(view.render(image, parameters))  # (C, S, S)
-                    if number == len(groups):
-                        groups.append(pixels.new_empty((len(views), len(picks), *pixels.shape)))
-                    groups[number][row, column] = pixels
-                    view_number += 1
+        indices: list[int] = []
+        places: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for pick in picks:
+            for index in self._candidates(pick):
+                try:
+                    self._write(groups, len(indices), len(picks), pick, index)
+                except BadImage as error:
+                    if self.on_bad_image == "raise":
+                        raise
+                    bad.append((index, str(error)))
+                else:
+                    indices.append(index)
+                    places.append(pick.place)
+                    break
+            else:
+                if self.on_bad_image == "replace":
+                    raise UserError(
+                        f"{bad[-1][1]} Neither can any of {_TRIES} other images that were drawn in "
+                        f"the place of {self.source.name(pick.index)}."
+                    )
         return Batch(
-            groups,
-            torch.tensor([pick.index for pick in picks], dtype=torch.int64),
-            torch.tensor([pick.place for pick in picks], dtype=torch.int64),
+            [group[:, : len(indices)] for group in groups] if indices else [],
+            torch.tensor(indices, dtype=torch.int64),
+            torch.tensor(places, dtype=torch.int64),
+            tuple(bad),
         )
+
+    def _candidates(self, pick: Pick) -> Iterator[int]:
+        """The image to load, and those that may take its place, in turn."""
+        yield pick.index
+        if self.on_bad_image == "replace":
+            rng = stream("replacement", self.seed, pick.epoch, pick.index)
+            for _ in range(_TRIES):
+                yield int(rng.integers(len(self.source)))
+
+    def _write(
+        self, groups: list[Tensor], column: int, columns: int, pick: Pick, index: int
+    ) -> None:
+        """Put the crops of ``pick`` in their ``column``, made of the image ``index``."""
+        name = self.source.name(index)
+        image = decode(self.source.read(index), name, self.pixels)
+        view_number = 0
+        for number, views in enumerate(self.groups):
+            for row, view in enumerate(views):
+                rng = stream("crop", self.seed, pick.epoch, pick.index, view_number)
+                parameters = sample_crop(view, image.height, image.width, rng, name)
+                pixels = _channels_first(view.render(image, parameters))  # (C, S, S)
+                if number == len(groups):
+                    groups.append(pixels.new_empty((len(views), columns, *pixels.shape)))
+                groups[number][row, column] = pixels
+                view_number += 1
 
 
 def _channels_first(pixels: np.ndarray | Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dino_kit import distributed, files, log
 from dino_kit.backbones.frozen import frozen
@@ -24,7 +23,7 @@ from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
-from dino_kit.features import extract, labels_of
+from dino_kit.features import LabelledFeatures, extract, labels_of
 from dino_kit.normalize import Normalize
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -68,8 +67,10 @@ class HeadTraining:
     log: Path
     resume: bool = True
     start: int = field(default=0, init=False)  # epochs done before
-    # Epochs done, top1, top5 (percent) and loss, by "last" and "best".
+    # Epochs done, top1, top5 (percent), loss, and the images of each kind that could be used, by
+    # "last" and "best".
     results: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    told: bool = field(default=False, init=False)  # that images are left out
 
     def __post_init__(self) -> None:
         saved = self._saved() if self.resume else None
@@ -88,6 +89,7 @@ class HeadTraining:
             num_workers=self.num_workers,
             start_step=self.start * -(-len(self.train) // self.total_batch_size),
             drop_last=False,
+            on_bad_image="leave_out",
             pin_memory=self.device.type == "cuda",
         )
         self.head = LinearHead(self.features.embed_dim, len(self.train.classes), self.seed)
@@ -101,6 +103,15 @@ class HeadTraining:
     def scaled_lr(self) -> float:
         """The first epoch's rate, for the batch as it is."""
         return self.lr * self.total_batch_size / linear.REFERENCE_BATCH
+
+    def left_out(self) -> dict[str, int]:
+        """How many images could not be used when the layer was last validated."""
+        last, train, val = self.results["last"], len(self.train), len(self.val)
+        # Files of earlier versions do not say; there was none then.
+        return {
+            "train": train - last.get("train_images", train),
+            "validation": val - last.get("images", val),
+        }
 
     def fit(self) -> None:
         """Train the remaining epochs; every process has to call it.
@@ -125,7 +136,7 @@ class HeadTraining:
         if self.start == self.epochs:
             return
         # An image to validate on looks the same each time, so its features are made once.
-        features, labels = shared_features(
+        features, labels, _ = shared_features(
             self.features,
             self.val,
             self.transform,
@@ -153,8 +164,8 @@ class HeadTraining:
         labels = labels_of(self.train)
         features = self.features.to(self.device)
         normalize = Normalize(self.transform.mean, self.transform.std).to(self.device)
-        for number, batches in enumerate(self.loader, self.loader.start_step):
-            first = number % self.loader.steps_per_epoch * self.total_batch_size
+        for batches in self.loader:
+            self._tell([sentence for batch in batches for _, sentence in batch.bad])
             with frozen(features, self.device):
                 parts = [
                     features(normalize(batch.groups[0][0].to(self.device, non_blocking=True)))
@@ -167,8 +178,13 @@ class HeadTraining:
             yield Step(
                 torch.cat([none, *parts]),
                 labels[indices].to(self.device),
-                min(self.total_batch_size, len(self.train) - first),
+                distributed.total(len(indices), self.device),
             )
+
+    def _tell(self, bad: Sequence[str]) -> None:
+        if bad and not self.told:
+            log.notice(f"{bad[0]} It is left out, as is every image that cannot be used.")
+            self.told = True
 
     def _finished(self, done: int, line: dict[str, float | None]) -> None:
         """Write down an epoch: its line, then the layer."""
@@ -178,6 +194,8 @@ class HeadTraining:
                 "top1": line["test_acc1"],
                 "top5": line["test_acc5"],
                 "loss": line["test_loss"],
+                "images": line["test_images"],
+                "train_images": line["train_images"],
             }
             best = self.results.get("best", last)
             self.results = {"last": last, "best": last if last["top1"] > best["top1"] else best}
@@ -259,8 +277,8 @@ def shared_features(
     batch_size: int,
     num_workers: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Features (n, E) and labels (n,) of this process's share; every image is in one share."""
+) -> LabelledFeatures:
+    """Of this process's share; every image is in one share."""
     share = range(distributed.rank(), len(source), distributed.world_size())
     return extract(
         features,

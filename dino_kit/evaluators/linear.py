@@ -159,6 +159,7 @@ def fit(
 
     Raises:
         RunFailed: the loss of an epoch is not finite.
+        UserError: an epoch had no images.
     """
     told = ""
     for epoch in range(start, epochs):
@@ -167,21 +168,26 @@ def fit(
             group["lr"] = rate
         total, images = torch.zeros((), device=head.linear.weight.device), 0
         for number, step in enumerate(islice(steps, steps_per_epoch), 1):
-            total += _learn(head, optimizer, step)
+            if step.total:  # where all are left out nothing moves, by its momentum neither
+                total += _learn(head, optimizer, step)
             images += step.total
             if number < steps_per_epoch:
                 text = ""
                 if number % _STEPS_BETWEEN_LOSSES == 0:
-                    mean = total.item() * distributed.world_size() / images
+                    mean = total.item() * distributed.world_size() / max(images, 1)
                     text = f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}{told}"
                 advance(1, text)
+        if not images:
+            raise UserError(f"None of the images of epoch {epoch + 1} can be used.")
         loss = distributed.all_reduce_sum(total).item() / images
         if not loss < float("inf"):
             raise RunFailed(
                 f"The loss of epoch {epoch + 1} is {loss}, so the training stopped; --lr {lr:g} "
                 "for this batch is likely too high, or the checkpoint's weights are broken."
             )
-        line: dict[str, float | None] = {"train_loss": loss, "train_lr": rate, "epoch": epoch}
+        line: dict[str, float | None] = {
+            "train_loss": loss, "train_lr": rate, "train_images": images, "epoch": epoch,
+        }  # fmt: skip
         if epoch % val_freq == 0 or epoch == epochs - 1:
             found = validate()
             line |= {f"test_{name}": value for name, value in found.items()}
@@ -212,7 +218,8 @@ def accuracy(head: LinearHead, features: Tensor, labels: Tensor) -> dict[str, fl
 
     Returns:
         ``loss``, the mean cross-entropy; ``acc1`` and ``acc5``, the percentages of images whose
-        class is the first, or one of the first five; None for the latter below five classes.
+        class is the first, or one of the first five; None for the latter below five classes;
+        ``images``, their number.
     """
     weight = head.linear.weight
     sums = [0.0, 0.0, 0.0, float(len(labels))]  # loss, first, among five, images
@@ -230,4 +237,5 @@ def accuracy(head: LinearHead, features: Tensor, labels: Tensor) -> dict[str, fl
         "loss": loss / images,
         "acc1": 100.0 * first / images,
         "acc5": 100.0 * five / images if weight.shape[0] >= TOP else None,
+        "images": int(images),
     }

@@ -32,7 +32,7 @@ from dino_kit.data.sources.source import Source, Subset
 from dino_kit.evaluators.attention import attention_maps, to_tensor
 from dino_kit.evaluators.knn import knn
 from dino_kit.evaluators.patches import look, similarity_map
-from dino_kit.features import embed, extract
+from dino_kit.features import Features, embed, extract, require_some
 from dino_kit.randomness import stream
 from dino_kit.search import nearest
 from dino_kit.weights import EvalTransform
@@ -95,15 +95,15 @@ class Probe:
             a ``sentence`` about what still rises, the number of ``images``, and ``seconds``.
         """
         began = time.monotonic()
-        embeddings = F.normalize(self._embed(backbone, self.images), dim=1)  # (n, D)
-        first, second = (
-            F.normalize(self._embed(backbone, crops, whole=True), dim=1) for crops in self.crops
-        )
+        features, kept, left_out = self._embed(backbone, self.images)
+        require_some(self.images, left_out)
+        images, embeddings = Subset(self.images, kept.tolist()), F.normalize(features, dim=1)
+        first, second = self._pairs(backbone)
         result = {
             "epoch": epoch,
             "effective_rank": float(geometry.effective_rank(embeddings)),
             "view_retrieval": float(geometry.view_retrieval(first, second)),
-            "images": len(self.images),
+            "images": len(images),
         }
         if self.labelled is not None:
             result |= self._classify(backbone)
@@ -111,37 +111,49 @@ class Probe:
         path = self.folder / LOOKS / f"epoch{epoch:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_write(path) as file:
-            self._sheet(backbone, embeddings, result).save(file, format="PNG")
+            self._sheet(backbone, images, embeddings, result).save(file, format="PNG")
         result["sheet"] = f"{LOOKS}/{path.name}"
         return result | {"seconds": round(time.monotonic() - began, 1)}
 
-    def _embed(self, backbone: nn.Module, source: Source, whole: bool = False) -> Tensor:
+    def _pairs(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """Of each image the embeddings (n, D) of its two crops, where both can be had."""
+        first, second = (self._embed(backbone, crops, whole=True) for crops in self.crops)
+        return (
+            F.normalize(one.features[torch.isin(one.kept, other.kept)], dim=1)
+            for one, other in ((first, second), (second, first))
+        )
+
+    def _embed(self, backbone: nn.Module, source: Source, whole: bool = False) -> Features:
         return embed(backbone, source, whole=whole, **self.transform._asdict(), **self._how)
 
     def _classify(self, backbone: nn.Module) -> dict[str, Any]:
-        arrays: list[Tensor] = []
-        for source in self.labelled:
-            arrays += extract(backbone, source, **self.transform._asdict(), **self._how)
-        k = min(_K, len(self.labelled[0]))
-        scores = knn(*arrays, [k], _TEMPERATURE, search=nearest)[k]
+        bank, queries = (
+            extract(backbone, source, **self.transform._asdict(), **self._how)
+            for source in self.labelled
+        )
+        k = min(_K, len(bank.features))
+        scores = knn(
+            bank.features, bank.labels, queries.features, queries.labels, [k], _TEMPERATURE,
+            search=nearest,
+        )[k]  # fmt: skip
         return {
             "knn_top1": scores["top1"],
             "knn_k": k,
-            "knn_bank": len(self.labelled[0]),
-            "knn_queries": len(self.labelled[1]),
+            "knn_bank": len(bank.features),
+            "knn_queries": len(queries.features),
         }
 
     def _sheet(
-        self, backbone: nn.Module, embeddings: Tensor, result: Mapping[str, Any]
+        self, backbone: nn.Module, images: Source, embeddings: Tensor, result: Mapping[str, Any]
     ) -> Image.Image:
         """Eight images, each with what the network attends to and its five nearest images."""
-        shown = evenly(self.images, _SHOWN).indices
+        shown = evenly(images, _SHOWN).indices
         count = min(_NEIGHBOURS + 1, len(embeddings))
         similarity, index = nearest(embeddings, embeddings[shown], count)
         colours = figures.colour_table()
         panels: list[tuple[str, str, Image.Image]] = []
         for row, place in enumerate(shown):
-            view = self._view(place)
+            view = self._view(images, place)
             shown_image = self._picture(view)
             panels.append((f"image {row + 1}", "", shown_image))
             seen = figures.overlay(shown_image, self._map(backbone, view), colours)
@@ -152,7 +164,7 @@ class Probe:
                 if int(i) != place
             ]
             panels += [
-                (f"{likeness:.3f}", "", self._picture(self._view(other)))
+                (f"{likeness:.3f}", "", self._picture(self._view(images, other)))
                 for likeness, other in others[: count - 1]
             ]
         return figures.sheet(
@@ -170,10 +182,9 @@ class Probe:
             return attention_maps(backbone, seen).mean(dim=0).numpy()
         return similarity_map(look(backbone, seen)).numpy()
 
-    def _view(self, place: int) -> np.ndarray:
+    def _view(self, images: Source, place: int) -> np.ndarray:
         """An image as the network sees it, (S, S, C)."""
-        pixels = self.transform.pixels
-        image = decode(self.images.read(place), self.images.name(place), pixels)
+        image = decode(images.read(place), images.name(place), self.transform.pixels)
         return center_view(image, *eval_sizes(self.transform.image_size))
 
     def _picture(self, view: np.ndarray) -> Image.Image:

@@ -44,7 +44,7 @@ def look(source: Source, pixels: Pixels = RGB) -> Survey:
     """Read the sizes of a sample of ``source``, and the pixels of a part of it as ``pixels`` says.
 
     Raises:
-        UserError: no image of the sample can be read; the sentence says why for the first.
+        UserError: most images of the sample cannot be used; the sentence says why for the first.
     """
     chosen = _spread(len(source), _SIZES)
     with_pixels = set(chosen[:: -(-len(chosen) // _PIXELS)])
@@ -63,10 +63,11 @@ def look(source: Source, pixels: Pixels = RGB) -> Survey:
             continue
         sizes.append(size)
         kinds[kind] += 1
-    if not sizes:
-        all_of = "The image" if len(chosen) == 1 else f"None of {len(chosen):,} images"
-        verb = "cannot be read" if len(chosen) == 1 else "that were tried can be read"
-        raise UserError(f"{all_of} {verb}: {unreadable[0]}")
+    if len(unreadable) > len(sizes):
+        raise UserError(
+            f"{len(unreadable):,} of {len(chosen):,} images that were tried cannot be used. "
+            f"{unreadable[0]}"
+        )
     shorter = sorted(min(size) for size in sizes)
     return Survey(
         images=len(source),

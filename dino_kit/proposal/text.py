@@ -93,8 +93,9 @@ def _seen(survey: Survey) -> str:
     sample = "all" if survey.sampled == survey.images else part
     kinds = f"{', '.join(survey.kinds)}, " if survey.kinds else ""
     broken = (
-        f". Of those looked at {len(survey.unreadable)} cannot be read, and a run stops at one "
-        f"that cannot: {survey.unreadable[0].rstrip('.')}" if survey.unreadable else ""
+        f". Of those looked at {len(survey.unreadable)} cannot be used; a run takes others in "
+        "their place, and ends beyond --max_bad_share: "
+        f"{survey.unreadable[0].rstrip('.')}" if survey.unreadable else ""
     )
     return f"{sample} looked at: {kinds}{sides}, {colour}; {labels}{broken}"
 

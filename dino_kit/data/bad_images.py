@@ -1,0 +1,112 @@
+"""The images that a run cannot use: each named once in a file, told, and held against a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dino_kit import distributed, files, log
+from dino_kit.data.loader import Batch, Loader
+from dino_kit.data.sources.source import Source
+from dino_kit.errors import UserError
+
+NAME = "bad_images.txt"
+_JUDGED = 1000  # images, or all where there are fewer, before which a share would say little
+_ONE_LINE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+class BadImages:
+    """Watches a loader that puts other images in the place of those that cannot be used.
+
+    ``bad_images.txt`` has a line for each: its name, a tab, the reason. Every process writes down
+    what it meets, and knows of the others' when it does.
+
+    Args:
+        source: what the loader reads.
+        folder: where ``bad_images.txt`` goes.
+        max_share: the share of bad images, among those looked at, beyond which the run ends.
+    """
+
+    def __init__(self, source: Source, folder: str | Path, max_share: float):
+        self.source, self.path, self.max_share = source, Path(folder) / NAME, max_share
+        self._met: set[int] = set()
+        self._written: dict[str, str] = {}  # reasons by names
+        self._read = 0  # bytes of the file
+
+    def __len__(self) -> int:
+        """How many are written down."""
+        self._refresh()
+        return len(self._written)
+
+    def open(self) -> None:
+        """Begin; what was written down of images that are no longer there goes."""
+        if distributed.is_main() and self.path.exists():
+            self._refresh()
+            there = {_plain(self.source.name(index)) for index in range(len(self.source))}
+            lines = [_line(*entry) for entry in self._written.items() if entry[0] in there]
+            files.write_text(self.path, "".join(lines))
+            self._written, self._read = {}, 0
+
+    def forget(self) -> None:
+        """Begin again: nothing is known."""
+        self.path.unlink(missing_ok=True)
+
+    def watch(self, loader: Loader) -> Iterator[Sequence[Batch]]:
+        """The steps of ``loader``, with an eye on what is bad in them.
+
+        Raises:
+            UserError: more images are bad than ``max_share`` allows.
+        """
+        for step, batches in enumerate(loader, loader.start_step + 1):
+            found = {i: why for batch in batches for i, why in batch.bad if i not in self._met}
+            if found:
+                self._note(found)
+                self._judge(min(step * loader.total_batch_size, len(self.source)))
+            yield batches
+
+    def _note(self, found: dict[int, str]) -> None:
+        self._refresh()
+        for index, sentence in found.items():
+            self._met.add(index)
+            name = self.source.name(index)
+            if _plain(name) in self._written:
+                continue
+            if not self._written:
+                log.notice(
+                    f"{sentence} Another image takes its place, as for every one that cannot be "
+                    f"used; {self.path} names them."
+                )
+            with open(self.path, "ab") as file:
+                file.write(_line(_plain(name), _plain(sentence.removeprefix(name))).encode())
+            self._refresh()
+
+    def _judge(self, seen: int) -> None:
+        basis = max(seen, min(len(self.source), _JUDGED))
+        allowed = int(self.max_share * basis)
+        if len(self) > allowed:
+            raise UserError(
+                f"{len(self):,} of the {seen:,} images looked at so far cannot be used, and "
+                f"--max_bad_share {self.max_share:g} allows {allowed:,} of {basis:,}; {self.path} "
+                "names them with the reasons. Mend or replace them, or raise --max_bad_share; the "
+                "same command then goes on with the run."
+            )
+
+    def _refresh(self) -> None:
+        """Read what was appended since."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole + end)
+        lines = whole.decode("utf-8", "replace").split("\n")
+        self._written |= dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+
+def _line(name: str, reason: str) -> str:
+    return f"{name}\t{reason.strip()}\n"
+
+
+def _plain(text: str) -> str:
+    """``text`` in one line without a tab, as text that every file takes."""
+    return text.translate(_ONE_LINE).encode("utf-8", "backslashreplace").decode()
