@@ -69,6 +69,7 @@ def assemble(
     source = open_training_source(
         config.data_path if data is None else data, lists, config.download
     )
+    files.require_outside("output_dir", config.output_dir, source.root)
     names = fingerprint(source)
     saved = find_checkpoint(config, len(source), names, device)
     start = saved["step"] if saved else 0

@@ -53,6 +53,18 @@ def require_folder(flag: str, folder: str | None) -> None:
             raise UserError(f"--{flag} {folder}{inside} is a file; a folder is needed.")
 
 
+def require_outside(flag: str, folder: str, images: str) -> None:
+    """Raises :class:`UserError` where ``folder`` lies in a folder of images, ``images``.
+
+    The pictures that are written to it would be read as images the next time.
+    """
+    if os.path.isdir(images) and Path(folder).resolve().is_relative_to(Path(images).resolve()):
+        raise UserError(
+            f"--{flag} {folder} lies among the images of {images}, which would then hold the run's "
+            "own pictures, too; give a folder elsewhere."
+        )
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_write(path, "w") as file:
         file.write(text)

@@ -231,45 +231,30 @@ def test_rgb_images_are_measured_too_from_a_sample_spread_evenly(tmp_path, monke
 
 
 def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, capsys):
+    (data := tmp_path / "data").mkdir()
     for n in range(8):
-        Image.new("RGBA", (20, 20), (30 * n, 255 - 20 * n, 5 * n, 255)).save(tmp_path / f"{n}.png")
-    line = [
-        "--data_path",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--in_chans",
-        "4",
-        *TINY,
-    ]
-    run = assemble(cli.parse("train", line))
+        Image.new("RGBA", (20, 20), (30 * n, 255 - 20 * n, 5 * n, 255)).save(data / f"{n}.png")
+    line = ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--in_chans", "4"]
+    run = assemble(cli.parse("train", [*line, *TINY]))
     assert run.config.normalize[3] == 1.0 and run.config.normalize[7] == 1.0
     assert "Channel 4 has the same value" in capsys.readouterr().err
 
 
-def test_an_image_that_cannot_be_measured_is_named(tmp_path, capsys):
+def test_images_that_cannot_be_measured_are_left_out_and_named(tmp_path, capsys):
+    (data := tmp_path / "data").mkdir()
     for n in range(8):
-        np.save(tmp_path / f"{n}.npy", np.full((20, 20), n / 4, np.float32))
-    line = [
-        "--data_path",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--in_chans",
-        "1",
-        *TINY,
-    ]
-    assert cli.main(["train", *line]) == 2
+        np.save(data / f"{n}.npy", np.full((20, 20), n / 4, np.float32))
+    line = ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--in_chans", "1"]
+    assert cli.main(["train", *line, *TINY]) == 2
     said = capsys.readouterr()
     assert "normalised as measured on 5 images" in said.out
     assert "npy holds floats from 1." in said.err and "Traceback" not in said.err
     assert "3 of the 8 images looked at so far cannot be used, and --max_bad_share" in said.err
     for n in range(5):
-        (tmp_path / f"{n}.npy").unlink()
-    assert cli.main(["train", *line, "--total_batch_size", "2"]) == 2
-    assert "None of 3 images of" in (said := capsys.readouterr().err)
-    assert f"{tmp_path}/7.npy holds floats from 1.75 to 1.75" in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+        (data / f"{n}.npy").unlink()
+    assert cli.main(["train", *line, *TINY, "--total_batch_size", "2"]) == 2
+    assert f"None of 3 images of {data} can be used" in (said := capsys.readouterr().err)
+    assert f"{data}/7.npy holds floats from 1.75 to 1.75" in said and said.count("\n") == 1
 
 
 # Mean and deviation
@@ -451,9 +436,10 @@ def test_workers_change_nothing_of_the_crops(data, tmp_path, workers):
 def test_crops_that_are_not_resized_name_the_image_that_is_too_small(data, tmp_path, capsys):
     flags = ("--crop_without_resize", "true", "--normalize", 0.5, 0.25)
     assert cli.main(words(data, 4, tmp_path / "fits", *flags, "--probe_freq", 0)) == 0
-    Image.new("RGBA", (15, 40)).save(tmp_path / "small.png")
+    (small := tmp_path / "small").mkdir()
+    Image.new("RGBA", (15, 40)).save(small / "small.png")
     line = words(
-        {4: tmp_path}, 4, tmp_path / "out", *flags, "--total_batch_size", 1, "--probe_freq", 0
+        {4: small}, 4, tmp_path / "out", *flags, "--total_batch_size", 1, "--probe_freq", 0
     )
     assert cli.main(line) == 2
     said = capsys.readouterr().err

@@ -351,6 +351,22 @@ def test_an_image_that_cannot_be_read_says_what_to_do(pictures, tmp_path, capsys
     assert "0.png cannot be read as an image" in said and "replace the file" in said
 
 
+@pytest.mark.parametrize("place", [".", "class0", "new/run"])
+def test_a_run_does_not_write_among_its_images(pictures, tmp_path, capsys, place):
+    shutil.copytree(pictures, data := tmp_path / "data")
+    before = sorted(data.rglob("*"))
+    assert train(data, data / place) == 2
+    assert "lies among the images of" in capsys.readouterr().err
+    assert sorted(data.rglob("*")) == before
+
+
+def test_a_run_may_write_beside_the_part_that_it_reads(pictures, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / "data" / part)
+    flags = ["--epochs", 1, "--total_batch_size", 20, "--batch_size_per_gpu", 20]
+    assert train(tmp_path / "data", tmp_path / "data/run", *flags) == 0
+
+
 def test_a_checkpoint_of_the_reference_is_no_run_to_go_on_with(pictures, tmp_path, capsys, golden):
     (tmp_path / "checkpoint.pth").write_bytes(
         golden.path("reference_full_checkpoint.pth").read_bytes()
