@@ -95,7 +95,9 @@ def assemble(
         skipped = engine.Skipped(**saved["skipped"])
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
-    bad_images = BadImages(source, config.output_dir, config.max_bad_share)
+    bad_images = BadImages(
+        source, pixels_of(config), config.output_dir, config.max_bad_share
+    )
     transform = transform_of(config)
     prepare = Prepare(device, transform.mean, transform.std)
     return Run(

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dino_kit import distributed, files, log
+from dino_kit.data.decode import decode
 from dino_kit.data.loader import Batch, Loader
+from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
-from dino_kit.errors import UserError
+from dino_kit.errors import BadImage, UserError
 
 NAME = "bad_images.txt"
 _JUDGED = 1000  # images, or all where there are fewer, before which a share would say little
@@ -23,12 +25,14 @@ class BadImages:
 
     Args:
         source: what the loader reads.
+        pixels: what an image becomes.
         folder: where ``bad_images.txt`` goes.
         max_share: the share of bad images, among those looked at, beyond which the run ends.
     """
 
-    def __init__(self, source: Source, folder: str | Path, max_share: float):
-        self.source, self.path, self.max_share = source, Path(folder) / NAME, max_share
+    def __init__(self, source: Source, pixels: Pixels, folder: str | Path, max_share: float):
+        self.source, self.pixels, self.max_share = source, pixels, max_share
+        self.path = Path(folder) / NAME
         self._met: set[int] = set()
         self._written: dict[str, str] = {}  # reasons by names
         self._read = 0  # bytes of the file
@@ -38,18 +42,27 @@ class BadImages:
         self._refresh()
         return len(self._written)
 
-    def open(self) -> None:
-        """Begin; what was written down of images that are no longer there goes."""
-        if distributed.is_main() and self.path.exists():
-            self._refresh()
-            there = {_plain(self.source.name(index)) for index in range(len(self.source))}
-            lines = [_line(*entry) for entry in self._written.items() if entry[0] in there]
-            files.write_text(self.path, "".join(lines))
-            self._written, self._read = {}, 0
+    def open(self, anew: bool = False) -> None:
+        """Begin; what was written down goes, ``anew`` all of it, else what has been mended since."""
+        with distributed.main_first():
+            if distributed.is_main() and self.path.exists():
+                kept = {} if anew else self._still_bad()
+                self.path.unlink()
+                if kept:
+                    files.write_text(self.path, "".join(_line(*entry) for entry in kept.items()))
+                self._written, self._read = {}, 0
 
-    def forget(self) -> None:
-        """Begin again: nothing is known."""
-        self.path.unlink(missing_ok=True)
+    def _still_bad(self) -> dict[str, str]:
+        self._refresh()
+        kept = {}
+        for index in range(len(self.source)):
+            name = _plain(self.source.name(index))
+            if name in self._written:
+                try:
+                    decode(self.source.read(index), name, self.pixels)
+                except BadImage:
+                    kept[name] = self._written[name]
+        return kept
 
     def watch(self, loader: Loader) -> Iterator[Sequence[Batch]]:
         """The steps of ``loader``, with an eye on what is bad in them.
@@ -99,8 +112,18 @@ class BadImages:
             file.seek(self._read)
             whole, end, _ = file.read().rpartition(b"\n")
         self._read += len(whole + end)
-        lines = whole.decode("utf-8", "replace").split("\n")
-        self._written |= dict(line.split("\t", 1) for line in lines if "\t" in line)
+        self._written |= _entries(whole)
+
+
+def written(folder: str | Path) -> dict[str, str]:
+    """What a run's folder names: reasons by names."""
+    path = Path(folder) / NAME
+    return _entries(path.read_bytes()) if path.is_file() else {}
+
+
+def _entries(content: bytes) -> dict[str, str]:
+    lines = content.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
 def _line(name: str, reason: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dino_kit import log
+from dino_kit.data import bad_images
 from dino_kit.report.record import Record, number
 from dino_kit.report.results import UNTRAINED, Result, newest
 from dino_kit.training.diagnosis import (
@@ -66,6 +67,7 @@ def judge(record: Record, results: Sequence[Result]) -> Verdict:
         _loss(record, state, even),
         _worth(record, results, state),
         _conduct(record),
+        _unusable(record),
     ]
     advice = ADVICE.get(state, ADVICE[UNIFORM] if stays else "")
     tone: Tone = "bad" if advice else "good" if state == LEARNING else "open"
@@ -238,6 +240,14 @@ def _conduct(record: Record) -> str:
         parts.append(f"{count} dropped as not finite")
     text = ", and ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _unusable(record: Record) -> str:
+    count = len(bad_images.written(record.folder))
+    if not count:
+        return ""
+    what = "One image could" if count == 1 else f"{count:,} images could"
+    return f"{what} not be used, and others took their place ({bad_images.NAME} names them)."
 
 
 def _warmed_up(record: Record) -> bool:

@@ -54,15 +54,19 @@ class Run:
             files.remove_leftovers(folder)
             if self.replaces:
                 checkpoint.remove(folder)
-                self.bad_images.forget()
             if self.start < self.loader.total_steps:
                 files.write_text(folder / "config.yaml", recipe.dump(self.config))
             self._train()
+            if self.bad_images:
+                log.notice(
+                    f"{len(self.bad_images):,} of {len(self.source):,} images could not be used; "
+                    f"{self.bad_images.path} names them."
+                )
 
     def _train(self) -> None:
         steps_per_epoch = self.loader.steps_per_epoch
         self.monitor.open()
-        self.bad_images.open()
+        self.bad_images.open(anew=self.replaces)
         try:
             self.look(self.start)
             engine.train(

@@ -6,6 +6,7 @@ A source lists, and reads on request; it decodes nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -85,10 +86,15 @@ class Relabelled(Subset):
 def read_file(path: str | Path) -> bytes:
     """A file's bytes; raises :class:`BadImage` where they cannot be had."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open(path, "rb", opener=_without_waiting) as file:
+            return file.read() or b""
     except OSError as error:
         raise BadImage(f"{path} cannot be opened: {error.strerror}.") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # A named pipe among the files would be waited for; so it is an empty file.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def fingerprint(source: Source) -> str:
