@@ -17,6 +17,7 @@ from dino_kit.data.sources.source import Source
 
 _SAMPLE, _SECONDS = 64, 3.0  # images whose crops are made to time it, at most, and for how long
 _WORTH_TELLING = 0.1  # share of the time
+_NOT_WORTH_ONE_MORE = 0.1  # of a worker
 
 
 @dataclass(frozen=True)
@@ -85,29 +86,35 @@ def cost(
 
 
 def workers(cost: Cost, device: Device) -> int:
-    """Processes that feed ``device``; as many as there are cores where those do not suffice."""
-    return max(1, min(device.cores, math.ceil(device.rate / cost.rate)))
+    """Processes that feed ``device`` as far as the cores can; where reading waits, more than cores."""
+    return max(1, math.ceil(_pace(cost, device) / cost.rate - _NOT_WORTH_ONE_MORE))
 
 
 def advice(cost: Cost, device: Device) -> str:
     """What to do about the workers, in a sentence or two."""
-    count, most = workers(cost, device), device.cores / cost.work
-    takes = f"{_rate(device.rate)} images a second"
-    flag = f"--num_workers {count}"
+    pace, takes = _pace(cost, device), f"takes {_rate(device.rate)} images a second"
+    flag = f"--num_workers {workers(cost, device)}"
+    slower = pace < device.rate * (1 - _WORTH_TELLING)
     if device.kind == "cpu":
-        share = device.rate * cost.work / device.cores
-        told = f", and making their crops takes {share:.0%} on top" * (share > _WORTH_TELLING)
+        told = f" through the networks, and {_rate(pace)} where it also makes the crops" * slower
         return (
-            f"This machine's CPU takes {takes}{told}; {flag} suffices. A GPU needs a worker for "
-            f"every {_rate(cost.rate)} images a second that it takes."
+            f"This machine's CPU {takes}{told}; {flag} suffices. A GPU needs a worker for every "
+            f"{_rate(cost.rate)} images a second that it takes."
         )
-    if device.rate <= most:
-        return f"The {device.title} takes {takes}, and {flag} suffices."
+    if pace == device.rate:
+        return f"The {device.title} {takes}, and {flag} suffices."
     return (
-        f"This machine's {device.cores} cores can feed {_rate(most)} of the {takes} that the "
-        f"{device.title} takes, so it waits {1 - most / device.rate:.0%} of the time, also with "
-        f"{flag}. Smaller images on the disk, fewer --local_crops_number or more cores help."
+        f"The {device.title} {takes}, of which the {device.cores} cores here can prepare "
+        f"{_rate(pace)}: it waits {1 - pace / device.rate:.0%} of the time, with {flag} as with "
+        "more. Smaller images on the disk, fewer --local_crops_number or more cores help."
     )
+
+
+def _pace(cost: Cost, device: Device) -> float:
+    """Images a second of the whole run; on a CPU networks and workers share the cores."""
+    if device.kind == "cpu":
+        return 1 / (1 / device.rate + cost.work / device.cores)
+    return min(device.rate, device.cores / max(cost.work, 1e-9))
 
 
 def _rate(rate: float) -> str:

@@ -38,15 +38,16 @@ def _tell_parts(summary: Summary, root: str) -> None:
     rows = []
     for part in summary.parts:
         of = "" if part.checked == part.images else f" of {part.images:,}"
-        sizes = (part.median, *(end and end[1:] for end in (part.smallest, part.largest)))
         rows.append(
             (
-                part.name or "all", f"{part.checked:,}{of}", f"{part.checked - part.readable:,}",
-                _bytes(part.bytes), "–" if part.classes is None else f"{len(part.classes):,}",
-                *(_size(*size) if size else "–" for size in sizes),
+                part.name or "all",
+                f"{part.checked:,}{of}",
+                f"{part.checked - part.readable:,}",
+                _bytes(part.bytes),
+                _size(*part.median) if part.median else "–",
             )
-        )  # fmt: skip
-    columns = ["", "images", "broken", "bytes", "classes", "median size", "smallest", "largest"]
+        )
+    columns = ["", "looked at", "broken", "bytes", "median size"]
     log.table(f"Images in {root}", columns, rows)
 
 
@@ -139,7 +140,7 @@ def _tell_duplicates(summary: Summary) -> None:
         )
         _tell_groups(double.across_parts)
     if double.across_classes:
-        log.paragraph("In two classes, of which one is wrong:")
+        log.paragraph("In two classes, of which at most one is right:")
         _tell_groups(double.across_classes)
 
 

@@ -86,8 +86,9 @@ def _check(config: CheckConfig) -> tuple[dict[str, Any], int]:
 
 
 def _as_run(config: CheckConfig) -> TrainConfig:
-    """The run whose images these are, as far as it is known."""
-    return fields.from_plain(TrainConfig, {**fields.to_plain(config), "num_workers": 0})
+    """The run whose images these are, as far as it is known; its first step is as any other."""
+    own = {"num_workers": 0, "freeze_last_layer": 0}
+    return fields.from_plain(TrainConfig, fields.to_plain(config) | own)
 
 
 def _open(config: CheckConfig) -> tuple[Data, dict[str, Source]]:
@@ -116,6 +117,7 @@ def _write_sheet(config: CheckConfig, source: Source, train: TrainConfig) -> str
     title = f"What the network will see of {source.root}"
     sheet = contact_sheet(source, view_groups(train), pixels_of(train), config.seed, title)
     if sheet is None:
+        log.say("There is no image to show.")
         return None
     path = Path(config.output_dir) / "contact_sheet.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +138,9 @@ def _feeding(
     if cost is None:
         return None
     log.paragraph(
-        f"One worker takes {1000 * cost.read:.1f} ms to read an image, as was measured above, "
-        f"{1000 * cost.decode:.1f} ms to decode it and {1000 * cost.crops:.1f} ms to make its "
-        f"crops (on {cost.sampled} images): {cost.rate:,.0f} images a second."
+        f"One worker prepares {cost.rate:,.0f} images a second: {_milliseconds(cost.read)} to read "
+        f"one, as it was above, from the disk or the system's cache; {_milliseconds(cost.decode)} "
+        f"to decode it; {_milliseconds(cost.crops)} to make its crops, as {cost.sampled} took."
     )
     numbers = {
         "read_ms": 1000 * cost.read,
@@ -184,3 +186,7 @@ def _step_rate(
         return None
     batch = train.total_batch_size or train.batch_size_per_gpu
     return batch / (speed.step + batch * speed.image)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"
