@@ -9,8 +9,9 @@ from dino_kit import log
 from dino_kit.checking.summary import Part, Summary, by_reason
 
 _CLASSES = 20  # rows of the table of classes
-_SHOWN = 10  # broken images, and groups of duplicates, that are named
-_SIZES = 5
+_SHOWN = 10  # broken images that are named
+_GROUPS, _COPIES = 5, 4  # groups of duplicates that are shown, and images of each
+_SIZES, _FREQUENT = 5, 0.01  # sizes that are shown, and the share of images that is worth it
 _ODD = {
     "turned": "{} on the side or mirrored by EXIF, which is ignored: --exif apply turns them",
     "animated": "{} with more than one picture inside, of which the first is read",
@@ -64,7 +65,7 @@ def _tell_classes(parts: Sequence[Part]) -> None:
         names = sorted(names, key=lambda name: -counts[name])
         hidden, half = len(names) - _CLASSES, _CLASSES // 2
         names, gap = [*names[:half], *names[-half:]], half
-        title = f"Images by class: the {half} largest and the {half} smallest"
+        title = "The largest and the smallest classes"
     several = len(parts) > 1
     rows = [
         (name, *(f"{(part.classes or {}).get(name, 0):,}" for part in parts))
@@ -86,9 +87,11 @@ def _tell_kinds(summary: Summary) -> None:
         for width, height, count in part.sizes:
             sizes[width, height] += count
     if sum(part.distinct_sizes for part in summary.parts) > len(summary.parts):
-        most = sizes.most_common(_SIZES)
-        told = ", ".join(f"{_size(*size)} ({count:,})" for size, count in most)
-        log.paragraph(f"Most frequent sizes: {told}.")
+        enough = _FREQUENT * sum(part.readable for part in summary.parts)
+        most = [(size, count) for size, count in sizes.most_common(_SIZES) if count >= enough]
+        if most:
+            told = ", ".join(f"{_size(*size)} ({count:,})" for size, count in most)
+            log.paragraph(f"Most frequent sizes: {told}.")
         smallest, largest = (
             choose(
                 (end for part in summary.parts if (end := getattr(part, which))),
@@ -106,50 +109,50 @@ def _tell_kinds(summary: Summary) -> None:
 def _tell_broken(summary: Summary) -> None:
     log.say("")
     if not summary.broken:
-        log.say("Nothing is broken.")
+        log.say(f"Nothing{_among(summary)} is broken.")
         return
     count = len(summary.broken)
     log.paragraph(f"{_images(count)} {'is' if count == 1 else 'are'} broken:")
-    left = _SHOWN
-    for reason, ones in by_reason(summary.broken):
-        if left <= 0:
-            break
+    reasons = by_reason(summary.broken)
+    named = max(1, _SHOWN // len(reasons))  # of each reason
+    for reason, ones in reasons[:_SHOWN]:
         log.say(f"  {len(ones):,} × {reason}")
-        for one in ones[:left]:
+        for one in ones[:named]:
             log.say(f"      {one.path}")
-        if len(ones) > left:
-            log.say(f"      … {len(ones) - left:,} more")
-        left -= len(ones)
-    if left < 0:
+        if len(ones) > named:
+            log.say(f"      … {len(ones) - named:,} more")
+    if len(reasons) > _SHOWN:
+        log.say(f"  … {len(reasons) - _SHOWN:,} more reasons")
+    if count > _SHOWN:
         log.say("  --json lists all.")
 
 
 def _tell_duplicates(summary: Summary) -> None:
     double = summary.duplicates
     if not double.groups:
-        log.say("No image is there twice.")
+        log.say(f"No image{_among(summary)} is there twice.")
         return
     count = double.superfluous
     log.paragraph(
-        f"{_images(count)} {'is a copy' if count == 1 else 'are copies'} of another, byte for byte:"
+        f"{_images(count)} {'is a copy' if count == 1 else 'are copies'} of another, byte for byte, "
+        f"in {len(double.groups):,} group{'s' * (len(double.groups) > 1)}:"
     )
     _tell_groups(double.groups)
-    if double.across_parts:
-        log.paragraph(
-            "In two parts of the split, so that an evaluation asks for what training has seen:"
-        )
-        _tell_groups(double.across_parts)
-    if double.across_classes:
-        log.paragraph("In two classes, of which at most one is right:")
-        _tell_groups(double.across_classes)
+    for groups, told in (
+        (double.across_parts, "in two parts of the split: an evaluation would ask for what training saw"),
+        (double.across_classes, "in two classes, of which at most one is right"),
+    ):
+        if groups:
+            log.paragraph(f"{len(groups):,} group{'s' * (len(groups) > 1)} {told}:")
+            _tell_groups(groups)
 
 
 def _tell_groups(groups: Sequence[Sequence[str]]) -> None:
-    for group in groups[:_SHOWN]:
-        more = f" and {len(group) - 4:,} more" if len(group) > 4 else ""
-        log.say(f"  {' = '.join(group[:4])}{more}")
-    if len(groups) > _SHOWN:
-        log.say(f"  … {len(groups) - _SHOWN:,} more; --json lists all.")
+    for group in groups[:_GROUPS]:
+        more = f" and {len(group) - _COPIES:,} more" if len(group) > _COPIES else ""
+        log.say(f"  {' = '.join(group[:_COPIES])}{more}")
+    if len(groups) > _GROUPS:
+        log.say(f"  … {len(groups) - _GROUPS:,} more; --json lists all.")
 
 
 def _tell_unusual(summary: Summary, crop: int, ignored: Sequence[str]) -> None:
@@ -164,6 +167,11 @@ def _tell_unusual(summary: Summary, crop: int, ignored: Sequence[str]) -> None:
         log.say("Of the images that can be read:")
         for one in told:
             log.paragraph(f"  {one}.")
+
+
+def _among(summary: Summary) -> str:
+    whole = all(part.checked == part.images for part in summary.parts)
+    return "" if whole else " among those looked at"
 
 
 def _counts(counter: Mapping[str, int]) -> str:

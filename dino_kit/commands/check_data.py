@@ -138,9 +138,10 @@ def _feeding(
     if cost is None:
         return None
     log.paragraph(
-        f"One worker prepares {cost.rate:,.0f} images a second: {_milliseconds(cost.read)} to read "
-        f"one, as it was above, from the disk or the system's cache; {_milliseconds(cost.decode)} "
-        f"to decode it; {_milliseconds(cost.crops)} to make its crops, as {cost.sampled} took."
+        f"One worker prepares {cost.rate:,.0f} images a second: it reads one in "
+        f"{_milliseconds(cost.read)} (as in the pass above, from the disk or the system's cache), "
+        f"decodes it in {_milliseconds(cost.decode)} and makes its crops in "
+        f"{_milliseconds(cost.crops)} (measured on {cost.sampled})."
     )
     numbers = {
         "read_ms": 1000 * cost.read,
@@ -189,4 +190,5 @@ def _step_rate(
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.2g} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"
+    told = f"{1000 * seconds:.1f}" if seconds < 0.01 else f"{1000 * seconds:,.0f}"
+    return "less than 0.1 ms" if told == "0.0" else f"{told} ms"
