@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import struct
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from dino_kit.checking.summary import Broken, by_reason
 from dino_kit.commands import check_data as command
 from dino_kit.config import fields
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import inspection
 from dino_kit.data.inspection import inspect, spread
 from dino_kit.data.loader import Loader, epoch_order
 from dino_kit.data.pixels import RGB, Pixels
@@ -268,12 +271,24 @@ def test_pixels_without_a_file_are_counted_and_compared_too():
     other = palette.copy()
     palette.putpalette([0] * 768)
     other.putpalette([9] * 768)
-    images = [one, one.copy(), one.reshape(40, 10, 3), palette, other]
+    from_a_file = Image.open(io.BytesIO(encoded(1)))
+    broken = Image.open(io.BytesIO(JPEG[:700]))
+    images = [one, one.copy(), one.reshape(40, 10, 3), palette, other, from_a_file, broken]
     found = inspect(DatasetSource(images), description="")
+    assert list(found.faults) == [6] and "truncated" in found.faults[6]
+    assert found.modes_and_formats[int(found.kinds[5])] == ("RGB", "PNG")
+    found = inspect(DatasetSource(images[:5]), description="")
     assert found.readable.all()
     assert len({tuple(row) for row in found.digests.tolist()}) == 4
     assert found.modes_and_formats == [("uint8 × 3", ""), ("P", "")]
     assert found.bytes.tolist()[0] == 1200
+
+
+def test_what_goes_to_workers_can_be_pickled(tmp_path):
+    source = FolderSource(write(tmp_path / "data", {"a.png": encoded(1)}))
+    views = [view for group in view_groups(run_of("--data_path", "x")) for view in group]
+    dataset = pickle.loads(pickle.dumps(inspection._Looks(source, spread(1, None), RGB, views)))
+    assert [(look.width, look.height) for look in dataset.__getitems__([0])] == [(20, 18)]
 
 
 def test_the_rotation_counts_in_the_size_where_it_is_applied(capsys, tmp_path):
@@ -448,6 +463,21 @@ def test_the_sheet_passes_over_what_cannot_be_read(tmp_path):
     assert [int(batch.indices[0]) for batch in batches] == [order[1], order[2], order[5]]
 
 
+@pytest.mark.parametrize(("training", "shown"), [("unlabeled", "unlabeled"), ("", "train")])
+def test_the_sheet_is_of_the_part_that_a_run_reads(capsys, tmp_path, monkeypatch, training, shown):
+    root = write(tmp_path / "data", {f"{part}/{n}.png": encoded(n) for part in ("train", "unlabeled")
+                                     for n in range(2)})  # fmt: skip
+    data = SimpleNamespace(
+        root="somewhere", parts=("train", "unlabeled"), training=training,
+        open=lambda part: FolderSource(root / part),
+    )  # fmt: skip
+    monkeypatch.setattr(command, "open_data", lambda *words: data)
+    seen = []
+    monkeypatch.setattr(command, "contact_sheet", lambda source, *more: seen.append(source.root))
+    assert len(check(capsys, root, status=0)["parts"]) == 2
+    assert seen == [str(root / shown)]
+
+
 def test_small_pictures_are_enlarged_in_squares_and_large_ones_reduced():
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
     crop = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -478,23 +508,24 @@ def test_the_file_is_a_sheet_of_rows(capsys, tmp_path):
             Cost(0.0, 0.02, 0.08, 64), Device("cuda", "H", 55, 16), 6,
             ["The GPU (H) takes 55 images a second, and --num_workers 6 suffices."],
         ),
+        (Cost(0.0, 0.02, 0.08, 64), Device("cuda", "H", 50.4, 16), 5, []),
         (
             Cost(0.0, 0.01, 0.03, 64), Device("cuda", "", 900, 4), 4,
-            ["The GPU takes 900 images a second, of which the 4 cores here can prepare 100: it "
-             "waits 89% of the time, with --num_workers 4 as with more."],
+            ["The GPU takes 900 images a second, of which the 4 cores here can prepare 100: ",
+             "it waits 89% of the time, with --num_workers 4 as with more."],
         ),
         (  # a slow disk keeps workers waiting, and no core busy
             Cost(0.3, 0.01, 0.09, 64), Device("cuda", "", 20, 4), 8, ["--num_workers 8 suffices."],
         ),
         (
             Cost(0.0, 0.01, 0.03, 64), Device("cpu", "", 0.9, 2), 1,
-            ["This machine's CPU takes 0.9 images a second; --num_workers 1 suffices. A GPU needs "
-             "a worker for every 25 images a second that it takes."],
+            ["This machine's CPU takes 0.9 images a second; --num_workers 1 suffices.",
+             "A GPU needs a worker for every 25 images a second that it takes."],
         ),
         (
             Cost(0.0, 0.01, 0.01, 64), Device("cpu", "", 100, 2), 1,
-            ["takes 100 images a second through the networks, and 50 where it also makes the "
-             "crops; --num_workers 1 suffices."],
+            ["takes 100 images a second through the networks, and 50 where it also makes the crops",
+             "; --num_workers 1 suffices."],
         ),
     ],
 )  # fmt: skip
@@ -532,13 +563,15 @@ def test_the_step_has_the_batch_and_the_precision_of_the_run(capsys, tmp_path, m
 
     def measure(learner, load, prepare, images, first):
         asked.append((learner.autocast_dtype, images, first, len(load(2)[0].indices)))
+        asked.append(learner.plan.last_layer_frozen(0))
         return speed.Speed(1.0, 0.5, 0.0, 0.0, 0, 0)
 
     monkeypatch.setattr(command, "measure", measure)
     root = write(tmp_path / "data", {f"{n}.png": encoded(n) for n in range(5)} | {"bad.png": b""})
     more = ["--precision", "bf16", "--total_batch_size", "8"]
     numbers = check(capsys, root, *more, status=1)
-    assert asked == [(torch.bfloat16, 5, 1, 2)]  # of the images that can be read
+    # Of the images that can be read; and the prototypes are trained, as in all but a run's start.
+    assert asked == [(torch.bfloat16, 5, 1, 2), False]
     assert numbers["speed"]["images_a_second_of_the_device"] == pytest.approx(8 / (1 + 8 * 0.5))
 
 
@@ -602,7 +635,9 @@ def test_more_than_an_image_that_is_lost_ends_the_check(capsys, tmp_path, monkey
     write(tmp_path / "data", {"a.png": encoded(1)})
     monkeypatch.setattr(FolderSource, "read", gone)
     assert cli.main(["check-data", "data", "--num_workers", "0", *SMALL]) == 2
-    assert "The archive has gone." in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("dino-kit: error: The archive has gone.\n")
+    looks = inspection._Looks(FolderSource("data"), spread(1, None), RGB, [])
+    assert looks.__getitems__([0]) == "The archive has gone."  # no traceback of a worker's
 
 
 def test_a_command_that_returns_nothing_has_succeeded(monkeypatch, capsys):

@@ -49,11 +49,11 @@ def header(
     if isinstance(data, np.ndarray):
         channels = data.shape[2] if data.ndim == 3 else 1
         return Header(data.shape[1], data.shape[0], f"{data.dtype} × {channels}", "")
+    if isinstance(data, Image.Image):
+        return _of_picture(data, b"")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if isinstance(data, Image.Image):
-                return _of_picture(data, b"")
             with Image.open(io.BytesIO(data)) as image:
                 if image.format == "TIFF" and tiff.leaves_out(image, pixels):
                     return Header(*image.size, tiff.describe(data, pixels.in_chans), "TIFF")
@@ -74,7 +74,7 @@ def _of_picture(image: Image.Image, data: bytes) -> Header:
         # Pillow turns a TIFF by itself.
         turned=image.format != "TIFF" and _orientation(image) in range(2, 9),
         frames=_frames(image),
-        cut=image.format == "PNG" and is_cut_to_8_bits(data),
+        cut=image.format == "PNG" and bool(data) and is_cut_to_8_bits(data),
         transparent="A" in image.mode or "transparency" in image.info,
     )
 
