@@ -27,11 +27,13 @@ _REFUSED_BY_THE_SYSTEM = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
-    0 is success, 1 a run that had to stop, 2 a fault of the input, 130 an interruption.
+    0 is success, 1 a run that had to stop or a check that found a fault, 2 a fault of the input,
+    130 an interruption.
     """
     try:
-        _main(list(sys.argv[1:] if arguments is None else arguments))
+        status = _main(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"dino-kit: error: {error}", file=sys.stderr)
         return 2
@@ -72,16 +74,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return any(sign in told for sign in ("MemoryError", "OutOfMemory", "can't allocate memory"))
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(_overview())
-        return
+        return 0
     name = words[0]
     if name == "--version":
         from importlib.metadata import version
 
         print(f"dino-kit {version('dino_kit')}")
-        return
+        return 0
     if name not in COMMANDS:
         raise UserError(
             f"{name!r} is no command; there are {', '.join(COMMANDS)}"
@@ -90,7 +92,7 @@ def _main(words: list[str]) -> None:
     command = COMMANDS[name]
     if {"--help", "-h"} & set(words[1:]):
         print(_help(name, command))
-        return
+        return 0
     config = parse(name, words[1:])
     # PyTorch's threads wait for each other in busy loops, and starve when anything else, a data
     # worker too, wants their core: beside one busy process on two cores a step takes twice as
@@ -98,7 +100,7 @@ def _main(words: list[str]) -> None:
     # this once, as it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, function = command.function.split(":")
-    getattr(importlib.import_module(module), function)(config)
+    return getattr(importlib.import_module(module), function)(config) or 0
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
@@ -110,11 +112,15 @@ def parse(name: str, words: Sequence[str]) -> Any:
     command = COMMANDS[name]
     given, loose = _split(name, command, words)
     values: dict[str, Any] = {}
-    if command.takes_recipe and loose:
-        values |= recipe.read(TrainConfig, loose.pop(0))
+    positionals = fields.marked(command.schema, "positional")
+    if command.takes_recipe and len(loose) > len(set(positionals) - set(given)):
+        # A recipe is a run's; a command that needs less of it leaves the rest.
+        known = fields.names(command.schema)
+        written = recipe.read(TrainConfig, loose.pop(0))
+        values |= {key: value for key, value in written.items() if key in known}
         for flag in given:
             values.pop(SAME_THING.get(flag), None)
-    for positional in fields.marked(command.schema, "positional"):
+    for positional in positionals:
         if loose:
             given[positional] = [loose.pop(0)]
     if loose:

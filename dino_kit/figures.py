@@ -76,7 +76,7 @@ def sheet(
     long is cut, a subtitle goes on in the next line.
     """
     first = panels[0][2]
-    width = max(first.width, *(math.ceil(_length(label)) for label, _, _ in panels))
+    width = max(first.width, *(math.ceil(width_of(label)) for label, _, _ in panels))
     height = _LINE + first.height
     columns = columns or _columns(len(panels), height / width)
     rows = math.ceil(len(panels) / columns)
@@ -93,7 +93,7 @@ def sheet(
         row, column = divmod(place, columns)
         x, y = _MARGIN + column * (width + _GAP), top + row * (height + _GAP)
         draw.text((x, y), label, _INK, _font(13))
-        if _length(f"{label}  {beside}") <= width:
+        if width_of(f"{label}  {beside}") <= width:
             draw.text((x + width, y), beside, _PALE, _font(13), anchor="ra")
         whole.paste(picture, (x, y + _LINE))
     return whole
@@ -216,24 +216,35 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size)
 
 
-def _length(text: str, size: int = 13) -> float:
+def width_of(text: str, size: int = 13) -> float:
+    """Pixels of a label."""
     return _font(size).getlength(text)
 
 
 def _cut(title: str, room: int) -> str:
     title = " ".join(title.split())  # the name of a file may hold a line break
-    if _length(title, 20) <= room:
+    if width_of(title, 20) <= room:
         return title
-    while title and _length(f"{title} …", 20) > room:
+    while title and width_of(f"{title} …", 20) > room:
         title = title[:-1]
     return f"{title} …"
+
+
+def shortened(name: str, room: float) -> str:
+    """The end of ``name``, which tells most of a path, as far as there is room in a label."""
+    name = " ".join(name.split())
+    if width_of(name) <= room:
+        return name
+    while name and width_of(f"…{name}") > room:
+        name = name[1:]
+    return f"…{name}"
 
 
 def _wrapped(text: str, room: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
-        if _length(longer) <= room:
+        if width_of(longer) <= room:
             lines[-1] = longer
         else:
             lines.append(word)

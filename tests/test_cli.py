@@ -206,8 +206,8 @@ def test_a_fault_ends_with_status_2_and_writes_nothing(capsys, tmp_path, monkeyp
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "dino-kit: error: 'trian' is no command; there are quickstart, train, recipe, knn, linear, "
-        "attention, report, config; did you mean train?\n"
+        "dino-kit: error: 'trian' is no command; there are quickstart, train, check-data, recipe, "
+        "knn, linear, attention, report, config; did you mean train?\n"
     )
 
 

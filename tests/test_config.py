@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_kit.config import architectures, fields, recipe
+from dino_kit.config.check import CheckConfig
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
 from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
 from dino_kit.config.train import RESUMABLE, TrainConfig
@@ -376,9 +377,11 @@ def names_read(module: str) -> set[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_field_is_read_by_its_command(name):
     schema = COMMANDS[name].schema
-    modules = [f"commands/{name}"]
+    modules = [f"commands/{name.replace('-', '_')}"]
+    if issubclass(schema, TrainConfig | CheckConfig):
+        modules += ["assemble", "preparation"]
     if issubclass(schema, TrainConfig):
-        modules += ["assemble", "preparation", "training/run", "commands/train"]
+        modules += ["training/run", "commands/train"]
     if issubclass(schema, Checkpoint):
         modules += ["evaluation"]
     by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 
+from dino_kit.config.check import CheckConfig
 from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
 from dino_kit.config.propose import RecipeConfig
@@ -29,7 +30,8 @@ class Command:
     """One row of the table."""
 
     schema: type
-    function: str  # "module:function", imported when the command is called
+    # "module:function", imported when the command is called; it returns the exit status, or None.
+    function: str
     summary: str
     examples: tuple[str, ...]
     takes_recipe: bool = False
@@ -59,6 +61,13 @@ COMMANDS = {
         ),
         takes_recipe=True,
         without_effect=_TORCHRUN,
+    ),
+    "check-data": Command(
+        CheckConfig,
+        "dino_kit.commands.check_data:run",
+        "what would be read, what is broken, what the network will see",
+        ("dino-kit check-data FOLDER", "dino-kit check-data vits16_100ep FOLDER --json"),
+        takes_recipe=True,
     ),
     "recipe": Command(
         RecipeConfig,

@@ -71,12 +71,7 @@ def sample_crop(
     Raises:
         BadImage: the crop is not to be resized, and the image, ``name``, is smaller.
     """
-    if view.scale is None and min(height, width) < view.size:
-        raise BadImage(
-            f"{name} is of {width} × {height} pixels, too few for a crop of {view.size} × "
-            f"{view.size} that is not resized; ask for smaller crops, or leave "
-            "--crop_without_resize out."
-        )
+    require_room(view, height, width, name)
     return CropParameters(
         size=view.size,
         box=_sample_box(view, height, width, rng),
@@ -95,6 +90,16 @@ def sample_crop(
             else 0
         ),
     )
+
+
+def require_room(view: View, height: int, width: int, name: str) -> None:
+    """Raises :class:`BadImage` where the crop is not to be resized, and the image is smaller."""
+    if view.scale is None and min(height, width) < view.size:
+        raise BadImage(
+            f"{name} is of {width} × {height} pixels, too few for a crop of {view.size} × "
+            f"{view.size} that is not resized; ask for smaller crops, or leave "
+            "--crop_without_resize out."
+        )
 
 
 def _sample_box(

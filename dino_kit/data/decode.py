@@ -96,7 +96,7 @@ def _read(data: bytes, pixels: Pixels) -> Image.Image | np.ndarray:
         raise
     if image.format == "TIFF" and tiff.leaves_out(image, pixels):
         return tiff.read(data, pixels.in_chans)
-    if pixels.value_range and image.format == "PNG" and _is_cut_to_8_bits(data):
+    if pixels.value_range and image.format == "PNG" and is_cut_to_8_bits(data):
         raise ValueError(
             "it is a PNG of 16 bits in colours or with alpha, of which Pillow reads only the upper "
             "8, so --value_range cannot be kept to; store it as TIFF or .npy"
@@ -104,7 +104,8 @@ def _read(data: bytes, pixels: Pixels) -> Image.Image | np.ndarray:
     return image
 
 
-def _is_cut_to_8_bits(png: bytes) -> bool:
+def is_cut_to_8_bits(png: bytes) -> bool:
+    """Whether Pillow reads only the upper 8 bits of each value: of 16 bits, and more than gray."""
     bits, kind = png[24:26]  # of the header
     return bits == 16 and kind != 0
 

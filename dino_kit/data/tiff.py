@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from dino_kit.data.pixels import Pixels
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 _BITS, _ORIENTATION, _SAMPLES, _KIND = 258, 274, 277, 339  # tags
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
@@ -44,6 +48,16 @@ def stored_type(image: Image.Image) -> np.dtype:
     return np.dtype(f"{kind}{image.tag_v2.get(_BITS, (8,))[0] // 8}")
 
 
+def describe(data: bytes, in_chans: int) -> str:
+    """Type of the values and number of the channels that :func:`read` would give, as "uint16 × 4"."""
+    from tifffile import TiffFile
+
+    with TiffFile(io.BytesIO(data)) as file:
+        part = _part(file, in_chans)
+        height, width = (part.shape[part.axes.index(axis)] for axis in "YX")
+        return f"{part.dtype} × {math.prod(part.shape) // (height * width)}"
+
+
 def read(data: bytes, in_chans: int) -> np.ndarray:
     """The first image's channels, (C, H, W), of the type that they are stored in.
 
@@ -56,22 +70,27 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
     from tifffile import TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
-        series, first = file.series[0], file.pages[0]
-        sizes = dict(zip(series.axes, series.shape, strict=True))
-        height, width, bands = sizes["Y"], sizes["X"], sizes.get("S", 1)
-        pages = math.prod(series.shape) // (height * width * bands)
-        if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{width} × {height} pixels could exhaust the memory")
-        # Where nothing fits, what comes nearest, of which a sentence can tell.
-        all_pages = bands != in_chans and (
-            pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
-        )
-        part = series if all_pages else first
+        part = _part(file, in_chans)
         array, axes = part.asarray(), part.axes
-        orientation = first.tags.valueof(_ORIENTATION, default=1)
+        orientation = file.pages[0].tags.valueof(_ORIENTATION, default=1)
     order = [place for place, axis in enumerate(axes) if axis not in "YX"]
     array = array.transpose(*order, axes.index("Y"), axes.index("X"))
     return oriented(array.reshape(-1, *array.shape[-2:]), int(orientation))
+
+
+def _part(file: TiffFile, in_chans: int) -> TiffPage | TiffPageSeries:
+    """The first page, or all of them where they are the channels."""
+    series = file.series[0]
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    height, width, bands = sizes["Y"], sizes["X"], sizes.get("S", 1)
+    pages = math.prod(series.shape) // (height * width * bands)
+    if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{width} × {height} pixels could exhaust the memory")
+    # Where nothing fits, what comes nearest, of which a sentence can tell.
+    all_pages = bands != in_chans and (
+        pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
+    )
+    return series if all_pages else file.pages[0]
 
 
 def oriented(planes: np.ndarray, orientation: int) -> np.ndarray:

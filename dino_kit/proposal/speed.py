@@ -28,12 +28,16 @@ Load = Callable[[int], Sequence[Any]]  # B images: a step's batches, as a loader
 
 
 def measure(
-    learner: Any, load: Load, prepare: Callable[[Any], Any], images: int
+    learner: Any,
+    load: Load,
+    prepare: Callable[[Any], Any],
+    images: int,
+    first: int = _FIRST,
 ) -> Speed:
     """The costs of ``learner``'s steps on this machine; it is of no use afterwards.
 
     A step of few images and one of more are timed; what they differ by is the images' own cost.
-    Where few take long already, they alone are. ``images`` is how many there are.
+    Where few, ``first``, take long already, they alone are. ``images`` is how many there are.
 
     Raises:
         UserError: an image cannot be read.
@@ -41,7 +45,7 @@ def measure(
     """
     if learner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(learner.device)
-    small = most = min(_FIRST, images)
+    small = most = min(first, images)
     batches, crop = _loaded(load, prepare, small)
     # The first step also warms up: allocations, the optimiser's moments.
     first, kept = _seconds(learner, batches), _kept_bytes(learner, batches)

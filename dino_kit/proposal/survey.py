@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median_low
@@ -13,10 +11,11 @@ from PIL import Image
 
 from dino_kit.data.bands import Bands
 from dino_kit.data.decode import decode
+from dino_kit.data.header import header
+from dino_kit.data.inspection import spread
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.digits import DigitsSource
 from dino_kit.data.sources.source import Source
-from dino_kit.data.tiff import is_tiff
 from dino_kit.errors import UserError
 
 _SIZES, _PIXELS = 256, 64  # images whose header, and whose pixels too, are read
@@ -46,7 +45,7 @@ def look(source: Source, pixels: Pixels = RGB) -> Survey:
     Raises:
         UserError: most images of the sample cannot be used; the sentence says why for the first.
     """
-    chosen = _spread(len(source), _SIZES)
+    chosen = spread(len(source), _SIZES).tolist()
     with_pixels = set(chosen[:: -(-len(chosen) // _PIXELS)])
     sizes: list[tuple[int, int]] = []
     kinds: Counter[str] = Counter()
@@ -55,14 +54,14 @@ def look(source: Source, pixels: Pixels = RGB) -> Survey:
     for index in chosen:
         try:
             data, name = source.read(index), source.name(index)
-            size, kind = _header(data, name, pixels)
+            seen = header(data, name, pixels)
             if index in with_pixels:
                 without_colour.append(_is_gray(decode(data, name, pixels)))
         except UserError as error:
             unreadable.append(str(error))
             continue
-        sizes.append(size)
-        kinds[kind] += 1
+        sizes.append((seen.width, seen.height))
+        kinds[seen.format] += 1
     if len(unreadable) > len(sizes):
         raise UserError(
             f"{len(unreadable):,} of {len(chosen):,} images that were tried cannot be used. "
@@ -82,27 +81,6 @@ def look(source: Source, pixels: Pixels = RGB) -> Survey:
         unreadable=tuple(unreadable),
         channels=pixels.in_chans,
     )
-
-
-def _spread(length: int, most: int) -> list[int]:
-    """At most ``most`` of ``length`` indices, at equal distances, the first and last among them."""
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
-
-
-def _header(
-    data: bytes | np.ndarray, name: str, pixels: Pixels
-) -> tuple[tuple[int, int], str]:
-    """Width and height, and the format of the file; of pixels it is empty."""
-    if isinstance(data, np.ndarray):
-        return (data.shape[1], data.shape[0]), ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return image.size, image.format or ""
-    except Exception:  # noqa: BLE001  # what Pillow does not read may be an array, or bands
-        image = decode(data, name, pixels)
-        return image.size, "TIFF" if is_tiff(data) else "NPY"
 
 
 def _is_gray(image: Image.Image | Bands) -> bool:
