@@ -47,7 +47,7 @@ def embed(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     description: str = "features",
-    whole: bool = False,
+    crop_without_resize: bool = False,
 ) -> Tensor:
     """Pooled features of all images, in the order of the source, on the CPU.
 
@@ -65,18 +65,19 @@ def embed(
         num_workers: processes that read and prepare images; 0 for this one.
         device: where the backbone runs.
         description: what the progress line calls it; empty for no line.
-        whole: the images are S × S pixels already, and nothing is cut off.
+        crop_without_resize: the centre, S × S pixels, is cut out of the images as they are.
 
     Returns:
         Features (n, D), float32.
 
     Raises:
-        UserError: an image cannot be read; the sentence names it.
+        UserError: an image cannot be read, or is smaller than what is cut out of it; the sentence
+            names it.
     """
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
     loader = DataLoader(
-        _Views(source, pixels, *((image_size,) * 2 if whole else eval_sizes(image_size))),
+        _Views(source, pixels, *eval_sizes(image_size, crop_without_resize)),
         batch_size=batch_size,
         # More processes than batches would start only to stop.
         num_workers=min(num_workers, -(-len(source) // batch_size)),
@@ -108,7 +109,7 @@ def labels_of(source: Source) -> Tensor:
 
 
 class _Views(Dataset):
-    def __init__(self, source: Source, pixels: Pixels, resize: int, crop: int):
+    def __init__(self, source: Source, pixels: Pixels, resize: int | None, crop: int):
         self.source, self.pixels, self.resize, self.crop = source, pixels, resize, crop
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class _Views(Dataset):
             for place, index in enumerate(indices):
                 data, name = self.source.read(index), self.source.name(index)
                 image = decode(data, name, self.pixels)
-                batch[place] = center_view(image, self.resize, self.crop)
+                batch[place] = center_view(image, self.resize, self.crop, name)
         except UserError as error:
             return str(error)
         return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands, picture
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
@@ -159,10 +160,7 @@ def _attention(
     """What each head of the last block looks at, and a sentence on what that is."""
     if data.source is None:
         return [], data.reason
-    size, patch = loaded.transform.image_size, loaded.backbone.patch_size
-    # Small images have so few patches at their own size that there would be little to look at.
-    side = 2 * size if size <= 64 else attention.default_size(size, patch)[0]
-    side = patch * min(max(1, side // patch), _MOST_SIDE)
+    side, patch = _looked_at(loaded), loaded.backbone.patch_size
     has_attention = isinstance(loaded.backbone, HasSelfAttention)
     colours = figures.colour_table()
     seen: list[Seen] = []
@@ -176,6 +174,8 @@ def _attention(
             name = data.source.name(place)
             try:
                 whole = decode(data.source.read(place), name, loaded.transform.pixels)
+                if loaded.transform.crop_without_resize:
+                    whole = center_crop(whole, side, side, name)
                 image = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC)
                 maps = _maps(loaded, image, has_attention, device)  # (heads, h, w)
             except UserError as error:
@@ -213,6 +213,19 @@ def _attention(
             "Brighter is more alike; every map is scaled by itself."
         )
     return seen, " ".join((note, *dict.fromkeys(lost)))
+
+
+def _looked_at(loaded: Loaded) -> int:
+    """Pixels of a side of the square of an image that is looked at."""
+    transform, patch = loaded.transform, loaded.backbone.patch_size
+    size = transform.image_size
+    if transform.crop_without_resize:
+        side = size
+    elif size <= 64:  # which at their own size have so few patches that there is little to look at
+        side = 2 * size
+    else:
+        side = attention.default_size(size, patch)[0]
+    return patch * min(max(1, side // patch), _MOST_SIDE)
 
 
 def _sight(whole: Image.Image | Bands) -> Image.Image:

@@ -48,8 +48,9 @@ def run(config: AttentionConfig) -> None:
     loaded = evaluation.load_checkpoint(config)
     backbone, transform = loaded.backbone.to(device), loaded.transform
     kinds = _kinds(config, backbone)
+    as_trained = transform.crop_without_resize or "mixing" in patches.available(backbone)
     image_size = config.image_size or default_size(
-        transform.image_size, backbone.patch_size, mixing="mixing" in patches.available(backbone)
+        transform.image_size, backbone.patch_size, as_trained
     )
     target = _target(config, loaded)
     page = Page(target / _PAGE, len(images), _origin(loaded, config)) if config.html else None
@@ -70,6 +71,7 @@ def run(config: AttentionConfig) -> None:
         pictures = _pictures(images, target, transform.pixels, leave_out)
         options = {
             "image_size": image_size,
+            "crop_without_resize": transform.crop_without_resize,
             "mean": transform.mean,
             "std": transform.std,
             "advance": done,
@@ -85,7 +87,7 @@ def run(config: AttentionConfig) -> None:
         "images": [sheet.parent.relative_to(target).as_posix() for sheet in sheets],
         "maps": list(kinds),
         "image_size": list(image_size),
-        "interpolation": "bilinear",
+        "interpolation": None if transform.crop_without_resize else "bilinear",
         **{name: value for name, value in transform.plain().items() if name != "image_size"},
         "threshold": config.threshold,
         "device": str(device),

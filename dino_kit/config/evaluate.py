@@ -105,7 +105,10 @@ class Labelled:
         False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     image_size: int | None = option(
-        None, "Side of the images that the network sees.", low=1,
+        None,
+        "Side of the images that the network sees: of the centre of resized images, or, for one "
+        "trained by --crop_without_resize, of images as they are.",
+        low=1,
         nothing="what it was trained on",
     )
     batch_size_per_gpu: int = option(128, "Images at a time.", low=1)
@@ -216,10 +219,14 @@ class Picture:
         nothing="attention; of a network that has none, all that it has",
     )
     image_size: tuple[int, ...] | None = option(
-        None, "Height and width to resize to; one number is the length of the shorter side.",
+        None,
+        "Height and width to resize to; one number is the length of the shorter side. For a "
+        "network trained by --crop_without_resize nothing is resized: it is what is cut out of the "
+        "centre, one number a square.",
         low=1,
         nothing="480 480 for a network trained at 224 pixels, and in proportion for others; the "
-        "size it was trained at, where that is 64 pixels or fewer, and for a ResMLP",
+        "size it was trained at, where that is 64 pixels or fewer, for a ResMLP, and where nothing "
+        "is resized",
     )
     threshold: float | None = option(
         None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",

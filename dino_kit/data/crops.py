@@ -16,7 +16,6 @@ import numpy as np
 
 from dino_kit.data import augment
 from dino_kit.data.augment import CropParameters
-from dino_kit.errors import UserError
 
 _BOX_TRIES = 10
 
@@ -69,14 +68,10 @@ def sample_crop(
     """Draw what to do with an image of ``height`` × ``width`` pixels for one crop of ``view``.
 
     Raises:
-        UserError: the crop is not to be resized, and the image, ``name``, is smaller.
+        BadImage: the crop is not to be resized, and the image, ``name``, is smaller.
     """
-    if view.scale is None and min(height, width) < view.size:
-        raise UserError(
-            f"{name} is of {width} × {height} pixels, too few for a crop of {view.size} × "
-            f"{view.size} that is not resized; ask for smaller crops, or leave "
-            "--crop_without_resize out."
-        )
+    if view.scale is None:
+        augment.require_room(height, width, view.size, view.size, name)
     return CropParameters(
         size=view.size,
         box=_sample_box(view, height, width, rng),

@@ -77,7 +77,7 @@ class HeadTraining:
             self.start, self.results = saved["epoch"], saved["results"]
         self.loader = Loader(
             self.train,
-            [[linear.training_view(self.transform.image_size)]],
+            [[linear.training_view(self.transform.image_size, self.transform.crop_without_resize)]],
             seed=self.seed,
             epochs=self.epochs,
             total_batch_size=self.total_batch_size,

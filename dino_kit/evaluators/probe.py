@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dino_kit import figures, files, geometry
 from dino_kit.backbones.interface import HasSelfAttention
-from dino_kit.data.augment import center_view, eval_sizes, render
+from dino_kit.data.augment import center_view, render
 from dino_kit.data.bands import picture
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
@@ -97,7 +97,8 @@ class Probe:
         began = time.monotonic()
         embeddings = F.normalize(self._embed(backbone, self.images), dim=1)  # (n, D)
         first, second = (
-            F.normalize(self._embed(backbone, crops, whole=True), dim=1) for crops in self.crops
+            F.normalize(self._embed(backbone, crops, crop_without_resize=True), dim=1)
+            for crops in self.crops
         )
         result = {
             "epoch": epoch,
@@ -115,8 +116,8 @@ class Probe:
         result["sheet"] = f"{LOOKS}/{path.name}"
         return result | {"seconds": round(time.monotonic() - began, 1)}
 
-    def _embed(self, backbone: nn.Module, source: Source, whole: bool = False) -> Tensor:
-        return embed(backbone, source, whole=whole, **self.transform._asdict(), **self._how)
+    def _embed(self, backbone: nn.Module, source: Source, **other: Any) -> Tensor:
+        return embed(backbone, source, **self.transform._asdict() | other, **self._how)
 
     def _classify(self, backbone: nn.Module) -> dict[str, Any]:
         arrays: list[Tensor] = []
@@ -172,9 +173,9 @@ class Probe:
 
     def _view(self, place: int) -> np.ndarray:
         """An image as the network sees it, (S, S, C)."""
-        pixels = self.transform.pixels
-        image = decode(self.images.read(place), self.images.name(place), pixels)
-        return center_view(image, *eval_sizes(self.transform.image_size))
+        name = self.images.name(place)
+        image = decode(self.images.read(place), name, self.transform.pixels)
+        return center_view(image, *self.transform.sizes, name)
 
     def _picture(self, view: np.ndarray) -> Image.Image:
         """It as it is shown on the sheet."""
