@@ -6,7 +6,6 @@ where something cannot be looked at, a sentence takes its place.
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections import Counter
@@ -27,9 +26,8 @@ from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands, picture
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
-from dino_kit.data.sources.folder import FolderSource
-from dino_kit.data.sources.opening import LISTS, open_training_source
-from dino_kit.data.sources.source import Source, Subset, read_file
+from dino_kit.data.sources.opening import LISTS, open_pictures, open_training_source
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention, patches
 from dino_kit.features import embed
@@ -52,14 +50,20 @@ _TINY = 64  # pixels: up to here an image is enlarged in squares
 
 
 def write(
-    folder: str, output: str | None = None, image_path: str | None = None, device: str = "auto"
+    folder: str,
+    output: str | None = None,
+    image_path: str | None = None,
+    device: str = "auto",
+    download: bool = False,
 ) -> Path:
     """Write the page of the run in ``folder`` and say where it is; returns its path.
 
     Args:
         output: the file; by default ``report.html`` in the folder.
-        image_path: an image or a folder of images to show attention on, instead of the run's own.
+        image_path: what to show attention on, instead of the run's own images; see
+            :func:`~dino_kit.data.sources.opening.open_pictures`.
         device: where the network runs.
+        download: whether a dataset that ``image_path`` names may be fetched.
 
     Raises:
         UserError: that is no run's folder, or the page or the images cannot be where they are said
@@ -70,7 +74,9 @@ def write(
     if target.is_dir():
         raise UserError(f"--output {target} is a folder; give the name of a file in it.")
     files.require_folder("output", str(target.parent))
-    chosen = None if image_path is None else _find(image_path)
+    chosen = None
+    if image_path is not None:
+        chosen = open_pictures(image_path, record.folder / LISTS, download)
     words = ["dino-kit", "report", str(folder)]
     words += ["--image_path", image_path] if image_path else []
     origin = f"Made by {shlex.join(words)} (dino_kit {version('dino_kit')}) from what the folder held at"
@@ -84,36 +90,6 @@ def write(
         log.notice(fault)
     log.say(f"written to {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
     return target
-
-
-def _find(image_path: str) -> Source:
-    if os.path.isfile(image_path):
-        return _OneImage(image_path)
-    if not os.path.isdir(image_path):
-        raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
-    return FolderSource(image_path)
-
-
-class _OneImage:
-    classes = None
-
-    def __init__(self, path: str):
-        self.path = self.root = path
-
-    def __len__(self) -> int:
-        return 1
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.path)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def key(self, index: int) -> str:
-        return os.path.basename(self.path)
-
-    def name(self, index: int) -> str:
-        return self.path
 
 
 class _Data(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 from test_report import Read
 from torch import nn
 
@@ -124,6 +125,9 @@ def test_images_can_be_named(run, tmp_path, capsys):
     assert pictures_in(read, ", overlay") == ["0.png, overlay", "1.png, overlay"]
     one = report(run, "--image_path", tmp_path / "mine/1.png")
     assert pictures_in(one, ", overlay") == ["1.png, overlay"]
+    pixels = {f"a/{n}.png": (tmp_path / f"mine/{n}.png").read_bytes() for n in range(2)}
+    read = report(run, "--image_path", write_tar(tmp_path / "mine.tar", pixels))
+    assert pictures_in(read, ", overlay") == ["a/0.png, overlay", "a/1.png, overlay"]
     (tmp_path / "mine/0.png").write_bytes(b"no image")
     read = report(run, "--image_path", tmp_path / "mine")
     assert pictures_in(read, ", overlay") == ["1.png, overlay"]

@@ -211,7 +211,15 @@ class LinearConfig(Linear, Labelled, Checkpoint, Checked):
 class Picture:
     """Picture"""
 
-    image_path: str = option(REQUIRED, "An image, or a folder of images.")
+    image_path: str = option(
+        REQUIRED,
+        "An image; or images as --data_path of dino-kit train names them: a folder, tar archives, a "
+        "list in a file, torchvision:NAME, hf:NAME or digits. All of them, but of a dataset by name "
+        "those that are held out.",
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
+    )
     maps: Literal["attention", "mixing", "similarity"] | None = option(
         None,
         "What to show: attention of the class token; mixing, rows of the matrix by which a ResMLP "
