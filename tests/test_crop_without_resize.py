@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import TINY
 
 import dino_kit
-from dino_kit import cli, files, log, reporting, weights
+from dino_kit import cli, files, reporting, weights
 from dino_kit.data.augment import center_view, eval_sizes
 from dino_kit.data.bands import Bands
 from dino_kit.data.loader import Loader
@@ -24,19 +25,12 @@ from dino_kit.features import embed, extract
 from dino_kit.preparation import view_groups
 from dino_kit.weights import EvalTransform
 
-S = 16
-TINY = (
-    f"--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size {S} "
-    "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --total_batch_size 8 --num_workers 0 --epochs 1 --warmup_epochs 0 "
-    "--log_every_steps 1 --device cpu --crop_without_resize true"
-).split()
+S = 16  # pixels of a side of the global crops
+FLAGS = [
+    *TINY,
+    *"--epochs 1 --warmup_epochs 0 --log_every_steps 1 --crop_without_resize true".split(),
+]
 WHERE = ["--device", "cpu", "--num_workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 def middle(pixels: np.ndarray, height: int = S, width: int = S) -> np.ndarray:
@@ -62,7 +56,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    line = ["train", "--data_path", str(data / "whole"), "--output_dir", str(out), *TINY]
+    line = ["train", "--data_path", str(data / "whole"), "--output_dir", str(out), *FLAGS]
     assert cli.main([*line, "--probe_data", str(data / "whole")]) == 0
     return out
 
@@ -203,7 +197,7 @@ def test_linear_sees_the_centres_and_keeps_it_with_the_layer(data, run):
 
 def test_the_probe_sees_the_centres(data, trained, tmp_path):
     loaded = weights.load(trained)
-    views = view_groups(cli.parse("train", ["--data_path", "x", "--output_dir", "y", *TINY]))[0]
+    views = view_groups(cli.parse("train", ["--data_path", "x", "--output_dir", "y", *FLAGS]))[0]
     results = []
     for name in ("whole", "cut"):
         source = FolderSource(data / name)
