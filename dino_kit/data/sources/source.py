@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dino_kit.data.sources.names import composed
 from dino_kit.errors import BadImage, UserError
 
 EXTENSIONS = frozenset(  # those that torchvision lists, and three more
@@ -92,10 +93,10 @@ def read_file(path: str | Path) -> bytes:
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of the images' names in their order, wherever the source lies."""
+    """A digest of the images' names in their order, wherever and in whichever form they lie."""
     digest = hashlib.sha256()
     for index in range(len(source)):
-        digest.update(source.key(index).encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(composed(source.key(index)).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 
