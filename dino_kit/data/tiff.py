@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from dino_kit.data.pixels import Pixels
 
+if TYPE_CHECKING:
+    from tifffile import TiffPage
+
 _BITS, _ORIENTATION, _SAMPLES, _KIND = 258, 274, 277, 339  # tags
+# By how much at most a way to compress makes bytes fewer; of others it is not known.
+_MOST_FEWER = {1: 1, 5: 2731, 8: 1032, 32773: 64, 32946: 1032}  # none, LZW, Deflate, PackBits
+_LITTLE = 1 << 28  # bytes that may be taken for an image of which little was stored
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 
 
@@ -48,10 +55,12 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
     """The first image's channels, (C, H, W), of the type that they are stored in.
 
     Its bands; or its pages, where those are as many as ``in_chans`` or each is of one band. Turned
-    as the file says, which Pillow does with every TIFF.
+    as the file says, which Pillow does with every TIFF. Where C is not what is asked for, planes of
+    no pixels.
 
     Raises:
-        ValueError: it is too large; or whatever tifffile raises of a broken file.
+        ValueError: it is too large, or more than can be stored in so few bytes; or whatever tifffile
+            raises of a broken file.
     """
     from tifffile import TiffFile
 
@@ -60,18 +69,34 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
         sizes = dict(zip(series.axes, series.shape, strict=True))
         height, width, bands = sizes["Y"], sizes["X"], sizes.get("S", 1)
         pages = math.prod(series.shape) // (height * width * bands)
-        if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{width} × {height} pixels could exhaust the memory")
+        tile = first.tilewidth * first.tilelength * first.tiledepth if first.is_tiled else 0
+        if max(height * width, tile) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+            tiles = f" in tiles of {first.tilewidth} × {first.tilelength}" if tile else ""
+            raise ValueError(f"{width} × {height} pixels{tiles} could exhaust the memory")
         # Where nothing fits, what comes nearest, of which a sentence can tell.
         all_pages = bands != in_chans and (
             pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
         )
         part = series if all_pages else first
+        channels = math.prod(part.shape) // (height * width)
+        if channels not in (in_chans, 1 if in_chans == 3 else in_chans):
+            return np.empty((channels, 0, 0), part.dtype)  # so many, which is all that is needed
+        _require_plausible(data, first, part.dtype.itemsize * channels * max(height * width, tile))
         array, axes = part.asarray(), part.axes
         orientation = first.tags.valueof(_ORIENTATION, default=1)
     order = [place for place, axis in enumerate(axes) if axis not in "YX"]
     array = array.transpose(*order, axes.index("Y"), axes.index("X"))
     return oriented(array.reshape(-1, *array.shape[-2:]), int(orientation))
+
+
+def _require_plausible(data: bytes, page: TiffPage, size: int) -> None:
+    """Raises ValueError where ``size`` bytes of values cannot come of so few that are stored."""
+    packed = size * page.bitspersample // (8 * page.dtype.itemsize)
+    fewer = _MOST_FEWER.get(page.compression, math.inf)
+    if packed > max(_LITTLE, fewer * len(data)):
+        raise ValueError(
+            f"its header tells of {packed:,} bytes of values, more than its {len(data):,} can hold"
+        )
 
 
 def oriented(planes: np.ndarray, orientation: int) -> np.ndarray:
