@@ -12,7 +12,6 @@ from typing import Any
 from dino_kit import log, weights
 from dino_kit.config import fields
 from dino_kit.config.evaluate import Checkpoint, Labelled
-from dino_kit.data.augment import eval_sizes
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources
 from dino_kit.data.sources.source import Source
 from dino_kit.errors import UserError
@@ -96,10 +95,11 @@ def labelled_sources(config: Labelled, target: Path) -> tuple[Source, Source]:
 
 def described(transform: EvalTransform) -> dict[str, Any]:
     """``transform`` as plain data, for a record."""
-    resize, crop = eval_sizes(transform.image_size)
+    resize, crop = transform.sizes
     plain = transform.plain()
     del plain["image_size"]
-    return {"resize": resize, "interpolation": "bicubic", "center_crop": crop, **plain}
+    interpolation = None if resize is None else "bicubic"
+    return {"resize": resize, "interpolation": interpolation, "center_crop": crop, **plain}
 
 
 def data_flags(config: Labelled) -> dict[str, Any]:

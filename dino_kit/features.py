@@ -65,7 +65,7 @@ def embed(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     description: str = "features",
-    whole: bool = False,
+    crop_without_resize: bool = False,
 ) -> Features:
     """Pooled features of all images that can be used, in the order of the source.
 
@@ -83,7 +83,7 @@ def embed(
         num_workers: processes that read and prepare images; 0 for this one.
         device: where the backbone runs.
         description: what the progress line calls it; empty for no line.
-        whole: the images are S × S pixels already, and nothing is cut off.
+        crop_without_resize: the centre, S × S pixels, is cut out of the images as they are.
 
     Raises:
         UserError: the source cannot be read any more.
@@ -91,7 +91,7 @@ def embed(
     device = torch.device(device)
     backbone, normalize = backbone.to(device), Normalize(mean, std).to(device)
     loader = DataLoader(
-        _Views(source, pixels, *((image_size,) * 2 if whole else eval_sizes(image_size))),
+        _Views(source, pixels, *eval_sizes(image_size, crop_without_resize)),
         batch_size=batch_size,
         # More processes than batches would start only to stop.
         num_workers=min(num_workers, -(-len(source) // batch_size)),
@@ -142,7 +142,7 @@ _Batch = tuple[Tensor, list[int], dict[str, str]]
 
 
 class _Views(Dataset):
-    def __init__(self, source: Source, pixels: Pixels, resize: int, crop: int):
+    def __init__(self, source: Source, pixels: Pixels, resize: int | None, crop: int):
         self.source, self.pixels, self.resize, self.crop = source, pixels, resize, crop
 
     def __len__(self) -> int:
@@ -158,7 +158,7 @@ class _Views(Dataset):
                 name = self.source.name(index)
                 try:
                     image = decode(self.source.read(index), name, self.pixels)
-                    images[len(kept)] = center_view(image, self.resize, self.crop)
+                    images[len(kept)] = center_view(image, self.resize, self.crop, name)
                 except BadImage as error:
                     bad[name] = str(error)
                 else:

@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from dino_kit.errors import UserError
 
+_BLOCK = 1 << 20  # bytes that are read at once
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -83,13 +85,15 @@ def same_content(source: str | Path, target: str | Path) -> None:
     """
     source, target = Path(source), Path(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        with open(source, "rb") as original, atomic_write(target) as copy:
+            shutil.copyfileobj(original, copy, _BLOCK)
+        return
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # where both were names of one file, nothing was replaced
     _sync_folder(target.parent)
 
 
@@ -175,7 +179,7 @@ def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 

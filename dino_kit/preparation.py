@@ -28,7 +28,9 @@ def pixels_of(config: Any) -> Pixels:
 def transform_of(config: TrainConfig) -> EvalTransform:
     """How images are prepared to look at a network of the run, whose normalisation is known."""
     mean, std = statistics(config.normalize, config.in_chans)
-    return EvalTransform(config.global_crops_size, mean, std, pixels_of(config))
+    return EvalTransform(
+        config.global_crops_size, mean, std, pixels_of(config), config.crop_without_resize
+    )
 
 
 def view_groups(config: TrainConfig) -> list[list[View]]:

@@ -6,7 +6,6 @@ where something cannot be looked at, a sentence takes its place.
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections import Counter
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from dino_kit import distributed, figures, files, log, search, weights
 from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands, picture
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
-from dino_kit.data.sources.folder import FolderSource
-from dino_kit.data.sources.opening import LISTS, open_training_source
-from dino_kit.data.sources.source import Source, Subset, read_file
+from dino_kit.data.sources.opening import LISTS, open_pictures, open_training_source
+from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention, patches
 from dino_kit.features import embed
@@ -51,14 +50,20 @@ _TINY = 64  # pixels: up to here an image is enlarged in squares
 
 
 def write(
-    folder: str, output: str | None = None, image_path: str | None = None, device: str = "auto"
+    folder: str,
+    output: str | None = None,
+    image_path: str | None = None,
+    device: str = "auto",
+    download: bool = False,
 ) -> Path:
     """Write the page of the run in ``folder`` and say where it is; returns its path.
 
     Args:
         output: the file; by default ``report.html`` in the folder.
-        image_path: an image or a folder of images to show attention on, instead of the run's own.
+        image_path: what to show attention on, instead of the run's own images; see
+            :func:`~dino_kit.data.sources.opening.open_pictures`.
         device: where the network runs.
+        download: whether a dataset that ``image_path`` names may be fetched.
 
     Raises:
         UserError: that is no run's folder, or the page or the images cannot be where they are said
@@ -69,7 +74,9 @@ def write(
     if target.is_dir():
         raise UserError(f"--output {target} is a folder; give the name of a file in it.")
     files.require_folder("output", str(target.parent))
-    chosen = None if image_path is None else _find(image_path)
+    chosen = None
+    if image_path is not None:
+        chosen = open_pictures(image_path, record.folder / LISTS, download)
     words = ["dino-kit", "report", str(folder)]
     words += ["--image_path", image_path] if image_path else []
     origin = f"Made by {shlex.join(words)} (dino_kit {version('dino_kit')}) from what the folder held at"
@@ -83,36 +90,6 @@ def write(
         log.notice(fault)
     log.say(f"written to {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
     return target
-
-
-def _find(image_path: str) -> Source:
-    if os.path.isfile(image_path):
-        return _OneImage(image_path)
-    if not os.path.isdir(image_path):
-        raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
-    return FolderSource(image_path)
-
-
-class _OneImage:
-    classes = None
-
-    def __init__(self, path: str):
-        self.path = self.root = path
-
-    def __len__(self) -> int:
-        return 1
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.path)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def key(self, index: int) -> str:
-        return os.path.basename(self.path)
-
-    def name(self, index: int) -> str:
-        return self.path
 
 
 class _Data(NamedTuple):
@@ -159,10 +136,7 @@ def _attention(
     """What each head of the last block looks at, and a sentence on what that is."""
     if data.source is None:
         return [], data.reason
-    size, patch = loaded.transform.image_size, loaded.backbone.patch_size
-    # Small images have so few patches at their own size that there would be little to look at.
-    side = 2 * size if size <= 64 else attention.default_size(size, patch)[0]
-    side = patch * min(max(1, side // patch), _MOST_SIDE)
+    side, patch = _looked_at(loaded), loaded.backbone.patch_size
     has_attention = isinstance(loaded.backbone, HasSelfAttention)
     colours = figures.colour_table()
     seen: list[Seen] = []
@@ -176,6 +150,8 @@ def _attention(
             name = data.source.name(place)
             try:
                 whole = decode(data.source.read(place), name, loaded.transform.pixels)
+                if loaded.transform.crop_without_resize:
+                    whole = center_crop(whole, side, side, name)
                 image = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC)
                 maps = _maps(loaded, image, has_attention, device)  # (heads, h, w)
             except UserError as error:
@@ -213,6 +189,19 @@ def _attention(
             "Brighter is more alike; every map is scaled by itself."
         )
     return seen, " ".join((note, *dict.fromkeys(lost)))
+
+
+def _looked_at(loaded: Loaded) -> int:
+    """Pixels of a side of the square of an image that is looked at."""
+    transform, patch = loaded.transform, loaded.backbone.patch_size
+    size = transform.image_size
+    if transform.crop_without_resize:
+        side = size
+    elif size <= 64:  # which at their own size have so few patches that there is little to look at
+        side = 2 * size
+    else:
+        side = attention.default_size(size, patch)[0]
+    return patch * min(max(1, side // patch), _MOST_SIDE)
 
 
 def _sight(whole: Image.Image | Bands) -> Image.Image:

@@ -20,6 +20,7 @@ from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.recognition import some
 from dino_kit.config.pixels import AUTO, check_normalize, check_value_range
+from dino_kit.data.augment import eval_sizes
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
@@ -35,6 +36,12 @@ class EvalTransform(NamedTuple):
     mean: tuple[float, ...] | None = IMAGENET_MEAN
     std: tuple[float, ...] | None = IMAGENET_STD
     pixels: Pixels = RGB  # what an image becomes
+    crop_without_resize: bool = False  # a pixel stays as large as it is in the image
+
+    @property
+    def sizes(self) -> tuple[int | None, int]:
+        """See :func:`~dino_kit.data.augment.eval_sizes`."""
+        return eval_sizes(self.image_size, self.crop_without_resize)
 
     def plain(self) -> dict[str, Any]:
         """As plain data; :meth:`from_plain` reads it."""
@@ -43,16 +50,18 @@ class EvalTransform(NamedTuple):
             "mean": list(self.mean),
             "std": list(self.std),
             **self.pixels.plain(),
+            "crop_without_resize": self.crop_without_resize,
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> EvalTransform:
-        """What :meth:`plain` gave; RGB images where it does not say."""
+        """What :meth:`plain` gave; RGB images, resized, where it does not say."""
         return cls(
             plain["image_size"],
             tuple(plain["mean"]),
             tuple(plain["std"]),
             Pixels.from_plain(plain),
+            plain.get("crop_without_resize", False),
         )
 
 
@@ -216,7 +225,8 @@ def _transform(
     mean, std = None, None
     if channels == 3 or known.get("normalize") not in (None, AUTO):
         mean, std = statistics(known.get("normalize"), channels)
-    found = EvalTransform(said.get("global_crops_size") or sizes["image_size"], mean, std, pixels)
+    size, as_it_is = said.get("global_crops_size"), bool(said.get("crop_without_resize"))
+    found = EvalTransform(size or sizes["image_size"], mean, std, pixels, as_it_is)
     if exif not in (None, pixels.exif):
         _contradict("exif", exif, pixels.exif, path)
     if value_range is not None and tuple(value_range) != pixels.value_range:

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from dino_kit import log
+
 GOLDEN = Path(os.environ.get("DINO_KIT_GOLDEN") or Path(__file__).parent / "golden")
 
 
@@ -26,6 +28,12 @@ class Golden:
 
     def names(self, prefix: str) -> list[str]:
         return sorted(path.stem for path in GOLDEN.glob(f"{prefix}*.npz"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_notices(monkeypatch):
+    """A notice is given once in a process, and a process runs many tests."""
+    monkeypatch.setattr(log, "_noticed", set())
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from dino_kit import attention_page, cli, files
 from dino_kit.backbones.build import create_backbone
-from dino_kit.commands.attention import _find
+from dino_kit.commands.attention import folders
+from dino_kit.data.sources.digits import DigitsSource
+from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.lists import ListSource
+from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.evaluators import attention
 from dino_kit.evaluators.attention import attention_maps, fit, threshold_mask, to_tensor
 from dino_kit.evaluators.gallery import Picture, show
@@ -285,10 +290,77 @@ def test_no_two_images_share_a_folder(tmp_path):
     found = ["a.png", "a.jpg", "a.png.jpg", "A.webp", "B.JPG", "c/a.png", "c.d.png"]
     for name in found:
         save_image(tmp_path / name, 4, 4) if name != "A.webp" else (tmp_path / name).touch()
-    names = _find(str(tmp_path))
-    assert len({name.casefold() for name in names}) == len(found)
-    assert {Path(path).relative_to(tmp_path).as_posix() for path in names.values()} == set(found)
+    names = folders(FolderSource(tmp_path))
+    assert len({name.casefold() for name in names}) == len(names) == len(found)
     assert {"B", "c/a", "c.d"} <= set(names)
+
+
+def listed(tmp_path, *paths: str) -> list[str]:
+    (tmp_path / "x.csv").write_text("path\n" + "\n".join(paths), encoding="utf-8")
+    return folders(ListSource(tmp_path / "x.csv"))
+
+
+def test_no_folder_for_pictures_leads_out_of_where_everything_goes(tmp_path):
+    found = listed(tmp_path, "../a.png", "/b/./c//d.png", "e/../../f.png", "..")
+    assert found == ["a", "b/c/d", "e/f", "image"]
+
+
+def test_names_that_some_file_systems_take_for_one_have_folders_of_their_own(tmp_path):
+    found = listed(tmp_path, "a.png", "A.png", "a.png", "e\u0301.png", "é.png", "a.png_2", "b.png")
+    assert found == ["a.png", "A.png_2", "a.png_3", "e\u0301.png", "é.png_2", "a.png_2_2", "b"]
+
+
+def test_a_number_is_named_after_its_source():
+    source = DatasetSource([np.zeros((4, 4, 3), np.uint8)] * 2, "torchvision:CIFAR10:test")
+    assert folders(source) == ["torchvision_CIFAR10_test_0", "torchvision_CIFAR10_test_1"]
+
+
+def test_names_of_other_systems_are_such_that_windows_takes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("dino_kit.commands.attention.os.name", "nt")
+    keys = {0: "C:\\data\\a?.png", 1: "b:c/<d>.png"}
+    source = type("Listed", (), {"root": "x", "__len__": lambda _: 2, "key": lambda _, i: keys[i]})
+    assert folders(source()) == ["C_/data/a_", "b_c/_d_"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "list"])
+def test_images_are_shown_wherever_they_lie_under_the_same_names(small, pictures, kind):
+    names = ["a.bmp", "a.png", "b.png", "cats/a.png", "cats/old/b.png"]
+    (pictures / "cats/broken.png").unlink()
+    if kind == "tar":
+        write_tar(small / "x.tar", {name: (pictures / name).read_bytes() for name in names})
+    elif kind == "list":
+        (pictures / "x.txt").write_text("\n".join(names))
+    path = {"folder": pictures, "tar": small / "x.tar", "list": pictures / "x.txt"}[kind]
+    assert command(small, "--image_path", path) == 0
+    folder = small / "run/attention"
+    assert json.loads((folder / "attention.json").read_text("utf-8"))["images"] == FOLDERS
+    with Image.open(pictures / "cats/a.png") as image:
+        seen = to_tensor(fit(image, (16, 16), 4))
+    assert torch.equal(maps_in(folder / "cats/a"), attention_maps(build(), seen))
+
+
+def test_of_digits_those_that_are_held_out_are_shown(small, monkeypatch):
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(DigitsSource, "__len__", lambda self: 2)
+    assert command(small, "--image_path", "digits") == 0
+    images = json.loads((small / "run/attention/attention.json").read_text("utf-8"))["images"]
+    assert images == [f"digits_{DigitsSource('test').key(index)}" for index in range(2)]
+
+
+def test_halves_in_archives_of_their_own_are_shown_by_what_is_held_out(small, pictures):
+    image = (pictures / "b.png").read_bytes()
+    for half, name in (("train", "a/1.png"), ("val", "a/2.png")):
+        write_tar(small / "data" / half / "0.tar", {name: image})
+    assert command(small, "--image_path", small / "data") == 0
+    assert (small / "run/attention/a/2/sheet.png").is_file()
+    assert not (small / "run/attention/a/1").exists()
+
+
+def test_a_long_index_is_kept_beside_the_run(small, pictures, monkeypatch):
+    monkeypatch.setattr("dino_kit.data.sources.store._WORTH_A_FILE", 1)
+    path = write_tar(small / "x.tar", {"a.png": (pictures / "b.png").read_bytes()})
+    assert command(small, "--image_path", path) == 0
+    assert len(list((small / "run/lists").iterdir())) == 1
 
 
 def test_gray_and_transparent_images_are_shown_in_rgb(small):
@@ -303,6 +375,9 @@ def test_gray_and_transparent_images_are_shown_in_rgb(small):
     "flags, message",
     [
         (["--image_path", "{}/nothing.png"], "nothing.png is neither an image nor a folder"),
+        (["--image_path", "{}/nothing.tar"], "nothing.tar is missing"),
+        (["--image_path", "torchvision:CIFAR"], "names no dataset of torchvision"),
+        (["--image_path", "torchvision:MNIST:{}/none"], "--download fetches it"),
         (["--image_path", "{}/empty"], "There is no image in {}/empty: "),
         (["--image_path", "{}/broken.png"], "broken.png cannot be read as an image"),
         (["--image_path", "{}/one"], "broken.png cannot be read as an image"),

@@ -13,9 +13,10 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from tiny_run import TINY
 
 import dino_kit
-from dino_kit import cli, files, log, weights
+from dino_kit import cli, files, weights
 from dino_kit.assemble import assemble
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config import recipe
@@ -29,18 +30,9 @@ from dino_kit.features import embed
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from dino_kit.normalize import statistics as mean_and_std
 
-TINY = (
-    "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
-    "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --total_batch_size 8 --num_workers 0 --epochs 1 --warmup_epochs 0 "
-    "--lr 0.05 --log_every_steps 1 --device cpu"
-).split()
+FLAGS = [*TINY, *"--epochs 1 --warmup_epochs 0 --lr 0.05 --log_every_steps 1".split()]
+HERE = ["--device", "cpu", "--num_workers", "0"]
 IMAGES = 20
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 def stripes(number: int) -> np.ndarray:
@@ -98,7 +90,7 @@ def data(tmp_path_factory) -> dict[int, Path]:
 
 def words(data, channels, out, *flags) -> list[str]:
     return ["train", "--data_path", str(data[channels]), "--output_dir", str(out), "--in_chans",
-            str(channels), *KINDS[channels][1], *TINY, *map(str, flags)]  # fmt: skip
+            str(channels), *KINDS[channels][1], *FLAGS, *map(str, flags)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,7 @@ def numbers(out) -> list[float]:
 @pytest.mark.parametrize("channels", KINDS)
 def test_channels_go_from_end_to_end(data, runs, channels, tmp_path, capsys):
     out = runs[channels]
-    root, flags = str(data[channels]), ["--device", "cpu", "--num_workers", "0"]
+    root, flags = str(data[channels]), HERE
     assert (out / "looks" / "epoch0001.png").is_file()
     assert cli.main(["knn", str(out), "--data_path", root, *flags]) == 0
     record = json.loads((out / "knn.json").read_text())
@@ -234,8 +226,8 @@ def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, capsys)
     (data := tmp_path / "data").mkdir()
     for n in range(8):
         Image.new("RGBA", (20, 20), (30 * n, 255 - 20 * n, 5 * n, 255)).save(data / f"{n}.png")
-    line = ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--in_chans", "4"]
-    run = assemble(cli.parse("train", [*line, *TINY]))
+    line = words({4: data}, 4, tmp_path / "out")
+    run = assemble(cli.parse("train", line[1:]))
     assert run.config.normalize[3] == 1.0 and run.config.normalize[7] == 1.0
     assert "Channel 4 has the same value" in capsys.readouterr().err
 
@@ -244,15 +236,15 @@ def test_images_that_cannot_be_measured_are_left_out_and_named(tmp_path, capsys)
     (data := tmp_path / "data").mkdir()
     for n in range(8):
         np.save(data / f"{n}.npy", np.full((20, 20), n / 4, np.float32))
-    line = ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--in_chans", "1"]
-    assert cli.main(["train", *line, *TINY]) == 2
+    line = words({1: data}, 1, tmp_path / "out")
+    assert cli.main(line) == 2
     said = capsys.readouterr()
     assert "normalised as measured on 5 images" in said.out
     assert "npy holds floats from 1." in said.err and "Traceback" not in said.err
     assert "3 of the 8 images looked at so far cannot be used, and --max_bad_share" in said.err
     for n in range(5):
         (data / f"{n}.npy").unlink()
-    assert cli.main(["train", *line, *TINY, "--total_batch_size", "2"]) == 2
+    assert cli.main([*line, "--total_batch_size", "2"]) == 2
     assert f"None of 3 images of {data} can be used" in (said := capsys.readouterr().err)
     assert f"{data}/7.npy holds floats from 1.75 to 1.75" in said and said.count("\n") == 1
 
@@ -334,7 +326,7 @@ def test_a_run_of_before_takes_what_is_said(runs, tmp_path):
 
 def test_a_linear_layer_of_before_goes_on(data, tmp_path, capsys):
     """Its file has no word on pixels either, which were RGB."""
-    out, flags = str(tmp_path), ["--device", "cpu", "--num_workers", "0"]
+    out, flags = str(tmp_path), HERE
     assert cli.main(words(data, 4, out, "--in_chans", 3, "--probe_freq", 0)) == 0
     line = ["linear", out, "--data_path", str(data[4]), "--epochs", "1", *flags]
     assert cli.main(line) == 0
@@ -352,49 +344,23 @@ def test_a_linear_layer_of_before_goes_on(data, tmp_path, capsys):
 
 def test_flags_that_agree_are_welcome(data, runs):
     normalize = [str(number) for number in numbers(runs[13])]
-    flags = [
-        "--in_chans",
-        "13",
-        "--exif",
-        "ignore",
-        "--value_range",
-        "0",
-        "10000",
-        "--normalize",
-        *normalize,
-    ]
-    line = [
-        "knn",
-        str(runs[13]),
-        "--data_path",
-        str(data[13]),
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-    ]
+    flags = [*"--in_chans 13 --exif ignore --value_range 0 10000 --normalize".split(), *normalize]
+    line = ["knn", str(runs[13]), "--data_path", str(data[13]), *HERE]
     assert cli.main([*line, *flags]) == 0
 
 
 def test_bare_weights_of_other_channels_need_mean_and_deviation(data, runs, tmp_path, capsys):
     backbone = dino_kit.load_backbone(runs[1])
     torch.save(backbone.state_dict(), tmp_path / "bare.pth")
-    line = ["knn", str(tmp_path / "bare.pth"), "--data_path", str(data[1]), "--num_heads", "2",
-            "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+    line = ["knn", str(tmp_path / "bare.pth"), "--data_path", str(data[1]), "--num_heads", "2", *HERE]
     assert dino_kit.load_backbone(tmp_path / "bare.pth", num_heads=2).in_chans == 1
     assert cli.main(line) == 2
     assert "give --normalize MEAN STD" in capsys.readouterr().err
     assert cli.main([*line, "--normalize", *map(str, numbers(runs[1]))]) == 0
     found = json.loads((tmp_path / "knn_bare.json").read_text())
     assert cli.main(["knn", str(runs[1]), *line[2:4], *line[6:]]) == 0
-    linear = [
-        "linear",
-        str(tmp_path / "bare.pth"),
-        *line[2:],
-        "--normalize",
-        *map(str, numbers(runs[1])),
-    ]
-    assert cli.main([*linear, "--epochs", "1"]) == 0
+    linear = ["linear", *line[1:], "--normalize", *map(str, numbers(runs[1])), "--epochs", "1"]
+    assert cli.main(linear) == 0
     picture = next((data[1] / "class0").iterdir())
     classifier = dino_kit.load_classifier(tmp_path / "checkpoint_linear_bare.pth")
     assert classifier.transform.mean == (numbers(runs[1])[0],) and classifier.predict([picture])
@@ -479,7 +445,7 @@ def test_a_view_of_eight_bits_is_what_it_was(data):
 
 
 def test_channels_have_to_be_said(data, tmp_path, capsys):
-    line = ["train", "--data_path", str(data[13]), "--output_dir", str(tmp_path), *TINY]
+    line = ["train", "--data_path", str(data[13]), "--output_dir", str(tmp_path), *FLAGS]
     assert cli.main(line) == 2
     assert "--in_chans 13 fits" in capsys.readouterr().err
     with pytest.raises(UserError, match="--in_chans is '0'"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dino_kit import files, log
+from dino_kit import files
 from dino_kit.errors import UserError
 from dino_kit.training import checkpoint
 
@@ -52,8 +52,7 @@ def test_a_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch):
     assert step_of(tmp_path) == 2
 
 
-def test_a_damaged_one_is_noticed_and_the_one_before_is_used(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
+def test_a_damaged_one_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
     checkpoint.save(tmp_path, content(0))
     checkpoint.save(tmp_path, content(1))
     damage(tmp_path / "checkpoint.pth")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dino_kit import cli, log
+from dino_kit import cli
 from dino_kit.config import fields
 from dino_kit.config.commands import COMMANDS
 from dino_kit.config.train import TrainConfig
@@ -98,8 +98,7 @@ def test_a_published_command_line_means_what_it_meant():
         assert getattr(linear, name) == getattr(usual, name)
 
 
-def test_flags_without_effect_are_accepted_with_a_notice(capsys, monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
+def test_flags_without_effect_are_accepted_with_a_notice(capsys):
     parse(f"train --local-rank=1 --dist_url tcp://host:1 {PATHS}")
     parse("knn weights.pth --use_cuda false --data_path images")
     assert capsys.readouterr().err.splitlines() == [
@@ -319,7 +318,7 @@ def test_memory_that_does_not_suffice_is_said_in_a_sentence(error, capsys, monke
     assert "--batch_size_per_gpu" in said and said.count("\n") == 1
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+def test_a_runtime_error_of_another_kind_keeps_its_traceback(monkeypatch):
     def fail(words):
         raise RuntimeError("shapes do not match")
 

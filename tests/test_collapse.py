@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_kit import cli, log
+from dino_kit import cli
 from dino_kit.assemble import assemble
 from dino_kit.training.diagnosis import COLLAPSED, ONE_POINT, UNIFORM, WARMING_UP
 
@@ -18,11 +18,6 @@ SMALL = (
     "--warmup_epochs 0 --freeze_last_layer 0 --lr 0.05 --log_every_steps 5 --probe_freq 0"
 ).split()
 EVEN = ["--teacher_temp", "50", "--warmup_teacher_temp", "50"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 def lines(out) -> list[dict]:

@@ -47,21 +47,38 @@ def test_the_old_content_stands_until_the_new_is_whole(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_same_content_replaces_and_stays_when_the_source_is_rewritten(tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr(os, "link", _no_links)
+@pytest.mark.parametrize("fault", [None, OSError, PermissionError])
+def test_same_content_replaces_and_stays_when_the_source_is_rewritten(tmp_path, monkeypatch, fault):
+    if fault:
+        monkeypatch.setattr(os, "link", _no_links(fault))
     source, target = tmp_path / "a", tmp_path / "b"
     files.write_text(source, "one")
     files.write_text(target, "zero")
-    files.same_content(source, target)
+    for _ in range(2):
+        files.same_content(source, target)
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     files.write_text(source, "two")
     assert target.read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def _no_links(*_):
-    raise OSError("this file system has no links")
+@pytest.mark.parametrize("place", ["shutil.copyfileobj", "os.fsync"])
+def test_a_copy_that_fails_leaves_the_old_content(tmp_path, monkeypatch, place):
+    """A copy that is not on the disk may be lost after the name was given to it."""
+    files.write_text(tmp_path / "a", "one")
+    files.write_text(tmp_path / "b", "zero")
+    for function in ("os.link", place):
+        monkeypatch.setattr(function, _no_links(OSError))
+    with pytest.raises(OSError, match="has no links"):
+        files.same_content(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "zero" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def _no_links(fault):
+    def refuse(*_):
+        raise fault("this file system has no links")
+
+    return refuse
 
 
 def test_cut_lines_keeps_what_fits_and_drops_a_torn_line(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import dino_kit
-from dino_kit import cli, files, log
+from dino_kit import cli, files
 from dino_kit.backbones.build import create_backbone
 from dino_kit.data.crops import sample_crop
 from dino_kit.data.loader import epoch_order
@@ -69,11 +69,6 @@ def data(tmp_path_factory) -> Path:
     save_images(root / "train", TRAIN // len(CLASSES))
     save_images(root / "val", VAL // len(CLASSES))
     return root
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 def words(data, out, *flags) -> list[str]:

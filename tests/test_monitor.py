@@ -8,7 +8,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dino_kit import log
 from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.monitor import Monitor
 
@@ -100,7 +99,6 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 def test_waiting_for_data_is_logged_and_said_once(tmp_path, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "_noticed", set())
     one = monitor(tmp_path)
     for step in range(8):
         now[0] += 10
@@ -117,7 +115,6 @@ def test_waiting_for_data_is_logged_and_said_once(tmp_path, capsys, monkeypatch)
 def test_the_start_of_the_workers_is_no_waiting(tmp_path, capsys, monkeypatch, start):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "_noticed", set())
     one = monitor(tmp_path, start=start)
     for step in range(start, start + 4):
         now[0] += 10

@@ -334,7 +334,7 @@ def test_a_folder_of_images_leaves_out_what_cannot_be_shown(small, capsys, monke
         ("resmlp", ["--maps", "heads"],
          "--maps is 'heads'; it takes one of attention, mixing, similarity."),
         ("resmlp", ["--num_heads", "2"], "is a ResMLP and has no use for it."),
-        ("resmlp", ["--image_size", "3"], "smaller than a patch of 4 × 4"),
+        ("resmlp", ["--maps", "similarity", "--image_size", "3"], "smaller than a patch of 4 × 4"),
         ("resmlp", ["--mlp_grid", "none", "--embed_dim", "48"], "--embed_dim 48 contradicts"),
     ],
 )  # fmt: skip

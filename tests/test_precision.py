@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dino_kit import log
 from dino_kit.errors import UserError
 from dino_kit.training.precision import LossScale, resolve_precision
 
@@ -28,8 +27,7 @@ def test_the_flags_decide(precision, use_fp16, device, expected):
     assert resolve_precision(precision, use_fp16, device) == expected
 
 
-def test_fp16_off_a_gpu_is_fp32_with_a_notice(capsys, monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
+def test_fp16_off_a_gpu_is_fp32_with_a_notice(capsys):
     assert resolve_precision("auto", True, CPU) == "fp32"
     assert "no effect on cpu" in capsys.readouterr().err
 

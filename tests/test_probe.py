@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dino_kit import cli, files, geometry, log
+from dino_kit import cli, files, geometry
 from dino_kit.assemble import Run, assemble
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Features
@@ -36,7 +36,6 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def fewer_images(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
     monkeypatch.setattr(probes, "_WATCHED", 60)
     monkeypatch.setattr(probes, "_CROPPED", 20)
 

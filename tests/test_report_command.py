@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 from test_report import Read
+from tiny_run import TINY
 from torch import nn
 
 from dino_kit import cli, reporting, weights
@@ -21,12 +23,7 @@ from dino_kit.backbones.interface import Features
 from dino_kit.data.sources.digits import DigitsSource
 from dino_kit.data.sources.folder import FolderSource
 
-TINY = (
-    "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
-    "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --total_batch_size 8 --batch_size_per_gpu 8 --num_workers 0 "
-    "--epochs 2 --warmup_epochs 1 --log_every_steps 1 --device cpu"
-).split()
+FLAGS = [*TINY, *"--batch_size_per_gpu 8 --epochs 2 --warmup_epochs 1 --log_every_steps 1".split()]
 CLASSES = ("cat", "dog", "owl")
 
 
@@ -39,7 +36,7 @@ def draw(path: Path, count: int, seed: int = 0) -> None:
 
 
 def train(data, out) -> Path:
-    assert cli.main(["train", *TINY, "--data_path", str(data), "--output_dir", str(out)]) == 0
+    assert cli.main(["train", *FLAGS, "--data_path", str(data), "--output_dir", str(out)]) == 0
     return out
 
 
@@ -124,6 +121,9 @@ def test_images_can_be_named(run, tmp_path, capsys):
     assert pictures_in(read, ", overlay") == ["0.png, overlay", "1.png, overlay"]
     one = report(run, "--image_path", tmp_path / "mine/1.png")
     assert pictures_in(one, ", overlay") == ["1.png, overlay"]
+    pixels = {f"a/{n}.png": (tmp_path / f"mine/{n}.png").read_bytes() for n in range(2)}
+    read = report(run, "--image_path", write_tar(tmp_path / "mine.tar", pixels))
+    assert pictures_in(read, ", overlay") == ["a/0.png, overlay", "a/1.png, overlay"]
     (tmp_path / "mine/0.png").write_bytes(b"no image")
     read = report(run, "--image_path", tmp_path / "mine")
     assert pictures_in(read, ", overlay") == ["1.png, overlay"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal
 from sklearn.datasets import load_digits
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,7 +18,6 @@ from dino_kit.data.sources.digits import DigitsSource
 from dino_kit.data.sources.folder import FolderSource
 from dino_kit.data.sources.opening import open_labelled_sources, open_training_source
 from dino_kit.data.sources.source import EXTENSIONS, Subset, read_file
-from dino_kit.errors import UserError
 
 
 def fill(root: Path, *paths: str) -> Path:
@@ -26,14 +26,6 @@ def fill(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(os.fsencode(path))
     return root
-
-
-def refusal(function, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
 
 
 def contents(source) -> list[tuple]:

@@ -13,6 +13,7 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from tars import write_tar
 
 from dino_kit import log
@@ -23,14 +24,6 @@ from dino_kit.data.sources.tar import TarSource, shards_of
 from dino_kit.errors import UserError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
-
-
-def refusal(function, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
 
 
 def contents(source) -> list[tuple]:

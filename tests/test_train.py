@@ -17,21 +17,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import TINY
 
 import dino_kit
-from dino_kit import cli, files, log
+from dino_kit import cli, files
 from dino_kit.assemble import assemble, view_groups
 from dino_kit.config import recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
 from dino_kit.training.monitor import Monitor
 
-TINY = (
-    "--arch vit --embed_dim 24 --depth 2 --num_heads 2 --patch_size 4 --global_crops_size 16 "
-    "--local_crops_size 8 --local_crops_number 2 --out_dim 32 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --total_batch_size 8 --batch_size_per_gpu 8 --num_workers 0 "
-    "--epochs 3 --warmup_epochs 1 --lr 0.05 --log_every_steps 3 --probe_freq 0 --device cpu"
-).split()
+FLAGS = [
+    *TINY,
+    *"--batch_size_per_gpu 8 --epochs 3 --warmup_epochs 1 --lr 0.05 --log_every_steps 3".split(),
+    *"--probe_freq 0".split(),
+]
 IMAGES, STEPS = 20, 6  # two steps an epoch, of eight images each
 
 
@@ -47,13 +47,8 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
-
-
 def words(pictures, out, *flags) -> list[str]:
-    return ["train", "--data_path", str(pictures), "--output_dir", str(out), *TINY,
+    return ["train", "--data_path", str(pictures), "--output_dir", str(out), *FLAGS,
             *(str(flag) for flag in flags)]  # fmt: skip
 
 

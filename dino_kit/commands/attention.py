@@ -6,6 +6,7 @@ Of a network that has no attention, its token mixing and how like the whole its 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from dino_kit import distributed, evaluation, files, log
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
-from dino_kit.data.sources.folder import FolderSource
-from dino_kit.data.sources.source import read_file
-from dino_kit.errors import UserError
+from dino_kit.data.sources.names import composed
+from dino_kit.data.sources.opening import LISTS, open_pictures
+from dino_kit.data.sources.single import OneImage
+from dino_kit.data.sources.source import Source
+from dino_kit.errors import BadImage, UserError
 from dino_kit.evaluators import patches
 from dino_kit.evaluators.attention import default_size
 from dino_kit.evaluators.gallery import Page, Picture, show
@@ -43,15 +46,17 @@ def run(config: AttentionConfig) -> None:
     if not distributed.is_main():
         return
     files.require_folder("output_dir", config.output_dir)
-    images = _find(config.image_path)
     device = distributed.choose_device(config.device)
     loaded = evaluation.load_checkpoint(config)
+    target = evaluation.place(config.output_dir, loaded, "attention")
+    images = open_pictures(config.image_path, target.parent / LISTS, config.download)
+    target = _target(config, target, images)
     backbone, transform = loaded.backbone.to(device), loaded.transform
     kinds = _kinds(config, backbone)
+    as_trained = transform.crop_without_resize or "mixing" in patches.available(backbone)
     image_size = config.image_size or default_size(
-        transform.image_size, backbone.patch_size, mixing="mixing" in patches.available(backbone)
+        transform.image_size, backbone.patch_size, as_trained
     )
-    target = _target(config, loaded)
     page = Page(target / _PAGE, len(images), _origin(loaded, config)) if config.html else None
     sheets: list[Path] = []
     on_page = 0
@@ -70,6 +75,7 @@ def run(config: AttentionConfig) -> None:
         pictures = _pictures(images, target, transform.pixels, leave_out)
         options = {
             "image_size": image_size,
+            "crop_without_resize": transform.crop_without_resize,
             "mean": transform.mean,
             "std": transform.std,
             "advance": done,
@@ -85,7 +91,7 @@ def run(config: AttentionConfig) -> None:
         "images": [sheet.parent.relative_to(target).as_posix() for sheet in sheets],
         "maps": list(kinds),
         "image_size": list(image_size),
-        "interpolation": "bilinear",
+        "interpolation": None if transform.crop_without_resize else "bilinear",
         **{name: value for name, value in transform.plain().items() if name != "image_size"},
         "threshold": config.threshold,
         "device": str(device),
@@ -126,48 +132,64 @@ def _kinds(config: AttentionConfig, backbone: nn.Module) -> tuple[str, ...]:
     return kinds
 
 
-def _find(image_path: str) -> dict[str, str]:
-    """The images to look at: each one's path, by the name of the folder for its pictures.
+def folders(source: Source) -> list[str]:
+    """The name of the folder for the pictures of each image: a path below where everything goes.
 
-    That is its path without the ending, where no other image claims it. A single image has the name
-    ``""``: its pictures go where everything goes.
+    It is the image's key without the ending, where no other image claims that; else the key; of
+    images that a list names twice the later ones are numbered. What would lead out of the folder is
+    left out, and a key that is a number has the source's name before it.
     """
-    if os.path.isfile(image_path):
-        return {"": image_path}
-    if not os.path.isdir(image_path):
-        raise UserError(f"--image_path {image_path} is neither an image nor a folder of images.")
-    source = FolderSource(image_path)
-    stems = [os.path.splitext(path)[0] for path in source.names]
-    # Some file systems do not tell a from A.
-    claims = Counter(name.casefold() for name in (*stems, *source.names))
-    return {
-        stem if claims[stem.casefold()] == 1 else path: source.name(index)
-        for index, (stem, path) in enumerate(zip(stems, source.names, strict=True))
-    }
+    paths = [_path(source.key(index), source.root) for index in range(len(source))]
+    stems = [os.path.splitext(path)[0] for path in paths]
+    claims = Counter(map(_alike, (*stems, *paths)))
+    names: dict[str, str] = {}
+    for stem, path in zip(stems, paths, strict=True):
+        wanted = name = stem if claims[_alike(stem)] == 1 else path
+        number = 1
+        while _alike(name) in names:
+            number += 1
+            name = f"{wanted}_{number}"
+        names[_alike(name)] = name
+    return list(names.values())
 
 
-def _target(config: AttentionConfig, loaded: Loaded) -> Path:
-    """The folder given; else one beside the checkpoint, where a single image has its own."""
+def _path(key: str, root: str) -> str:
+    """An image's key as a path that stays below any folder, of names that the platform allows."""
+    if key.isdecimal():
+        key = f"{re.sub(r'[^0-9A-Za-z]+', '_', root).strip('_')}_{key}"
+    if os.name == "nt":
+        key = re.sub(r'[<>:"|?*]', "_", key.replace("\\", "/"))
+    return "/".join(part for part in key.split("/") if part not in ("", ".", "..")) or "image"
+
+
+def _alike(name: str) -> str:
+    """What file systems that tell neither a from A nor one form of an accent from another see."""
+    return composed(name).casefold()
+
+
+def _target(config: AttentionConfig, target: Path, images: Source) -> Path:
+    """The folder given; else ``target`` beside the checkpoint, where a single image has its own."""
     if config.output_dir is not None:
         return Path(config.output_dir)
-    target = evaluation.place(None, loaded, "attention")
-    return target / Path(config.image_path).stem if os.path.isfile(config.image_path) else target
+    return target / Path(config.image_path).stem if isinstance(images, OneImage) else target
 
 
 def _pictures(
-    images: dict[str, str],
+    images: Source,
     target: Path,
     pixels: Pixels,
     leave_out: Callable[[UserError], object],
 ) -> Iterator[Picture]:
     """Each image as it is needed, without those that cannot be read."""
-    for name, path in images.items():
+    # The pictures of a single image go where everything goes.
+    names = [""] if isinstance(images, OneImage) else folders(images)
+    for index, name in enumerate(names):
         try:
-            image = decode(read_file(path), path, pixels)
-        except UserError as error:
+            image = decode(images.read(index), images.name(index), pixels)
+        except BadImage as error:
             leave_out(error)
             continue
-        yield Picture(name or Path(path).name, target / name, image)
+        yield Picture(name or images.key(index), target / name, image)
 
 
 def _origin(loaded: Loaded, config: AttentionConfig) -> str:

@@ -37,6 +37,7 @@ def run(config: LinearConfig) -> None:
     loaded = evaluation.load_checkpoint(config)
     target = evaluation.place(config.output_dir, loaded, "linear")
     try:
+        distributed.start(device)  # before the images are listed, which one process does
         (_evaluate if config.evaluate else _train)(config, loaded, target, device)
     finally:
         distributed.stop()
@@ -45,7 +46,6 @@ def run(config: LinearConfig) -> None:
 def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
     training = _assemble(config, loaded, target, device)
     _introduce(training)
-    distributed.start(device)
     try:
         training.fit()
     except KeyboardInterrupt:
@@ -179,7 +179,6 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
     age = "" if saved.epoch is None else f" after epoch {saved.epoch}"
     log.say(f"head {saved.path}{age}: {_described(features)}, {number} classes")
 
-    distributed.start(device)
     rows, labels, _ = shared_features(
         features,
         val,

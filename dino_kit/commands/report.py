@@ -14,4 +14,6 @@ def run(config: ReportConfig) -> None:
             to be; nothing is written then.
     """
     if distributed.is_main():
-        reporting.write(config.out, config.output, config.image_path, config.device)
+        reporting.write(
+            config.out, config.output, config.image_path, config.device, config.download
+        )

@@ -37,7 +37,8 @@ class Crops:
         False,
         "Cut crops out as they are, as many pixels of the image as of the crop, so that a pixel "
         "stays as large as it was, as on a microscope's scale; share and shape of the box then "
-        "have no meaning. No image may be smaller than a crop.",
+        "have no meaning. No image may be smaller than a crop. Evaluators then cut the centre out "
+        "likewise.",
     )
     flip_prob: tuple[float, float, float] = option(
         (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1

@@ -105,7 +105,10 @@ class Labelled:
         False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     image_size: int | None = option(
-        None, "Side of the images that the network sees.", low=1,
+        None,
+        "Side of the images that the network sees: of the centre of resized images, or, for one "
+        "trained by --crop_without_resize, of images as they are.",
+        low=1,
         nothing="what it was trained on",
     )
     batch_size_per_gpu: int = option(128, "Images at a time.", low=1)
@@ -208,7 +211,15 @@ class LinearConfig(Linear, Labelled, Checkpoint, Checked):
 class Picture:
     """Picture"""
 
-    image_path: str = option(REQUIRED, "An image, or a folder of images.")
+    image_path: str = option(
+        REQUIRED,
+        "An image; or images as --data_path of dino-kit train names them: a folder, tar archives, a "
+        "list in a file, torchvision:NAME, hf:NAME or digits. All of them, but of a dataset by name "
+        "those that are held out.",
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
+    )
     maps: Literal["attention", "mixing", "similarity"] | None = option(
         None,
         "What to show: attention of the class token; mixing, rows of the matrix by which a ResMLP "
@@ -216,10 +227,14 @@ class Picture:
         nothing="attention; of a network that has none, all that it has",
     )
     image_size: tuple[int, ...] | None = option(
-        None, "Height and width to resize to; one number is the length of the shorter side.",
+        None,
+        "Height and width to resize to; one number is the length of the shorter side. For a "
+        "network trained by --crop_without_resize nothing is resized: it is what is cut out of the "
+        "centre, one number a square.",
         low=1,
         nothing="480 480 for a network trained at 224 pixels, and in proportion for others; the "
-        "size it was trained at, where that is 64 pixels or fewer, and for a ResMLP",
+        "size it was trained at, where that is 64 pixels or fewer, for a ResMLP, and where nothing "
+        "is resized",
     )
     threshold: float | None = option(
         None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",

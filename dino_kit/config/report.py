@@ -18,8 +18,13 @@ class ReportConfig(Checked):
     )
     output: str | None = option(None, "The page to write.", nothing="report.html in that folder")
     image_path: str | None = option(
-        None, "An image, or a folder of images, to show attention on.",
+        None,
+        "Images to show attention on: one, or a folder, tar archives or other data, as of dino-kit "
+        "attention; of many, some.",
         nothing="some of the images that the run was trained on",
+    )
+    download: bool = option(
+        False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
 

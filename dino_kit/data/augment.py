@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dino_kit.data.bands import Bands
+from dino_kit.errors import BadImage
 
 
 @dataclass(frozen=True)
@@ -143,25 +144,38 @@ for operation, of_bands in {
     operation.register(Bands, of_bands)
 
 
-def eval_sizes(training_size: int) -> tuple[int, int]:
+def eval_sizes(
+    training_size: int, crop_without_resize: bool = False
+) -> tuple[int | None, int]:
     """To what the shorter side is resized, and the side of the centre crop, to evaluate.
 
     256 and 224 after training at 224, as the reference has it, and in that proportion at other
-    sizes; small images, of 64 pixels and fewer, are not cut.
+    sizes; small images, of 64 pixels and fewer, are not cut. After training on crops that are not
+    resized nothing is resized here either: None.
     """
+    if crop_without_resize:
+        return None, training_size
     if training_size <= 64:
         return training_size, training_size
     return round(training_size * 256 / 224), training_size
 
 
-def center_view(image: Image.Image | Bands, resize: int, crop: int) -> np.ndarray:
+def center_view(
+    image: Image.Image | Bands, resize: int | None, crop: int, name: str = "An image"
+) -> np.ndarray:
     """The centre (crop, crop, C) of ``image``, its shorter side resized to ``resize``.
 
     uint8 of an RGB image, of bands float32.
 
     Equal to torchvision's ``Resize(resize, BICUBIC)`` and ``CenterCrop(crop)``, the padding of
-    images that are smaller than the crop included.
+    images that are smaller than the crop included. Where ``resize`` is None, the centre of the
+    image as it is.
+
+    Raises:
+        BadImage: nothing is to be resized, and the image, ``name``, is smaller than the crop.
     """
+    if resize is None:
+        return np.asarray(center_crop(image, crop, crop, name))
     width, height = image.size
     if width <= height:
         size = (resize, int(resize * height / width))
@@ -171,6 +185,25 @@ def center_view(image: Image.Image | Bands, resize: int, crop: int) -> np.ndarra
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (_margin(side, crop) for side in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
+
+
+def center_crop(
+    image: Image.Image | Bands, height: int, width: int, name: str = "An image"
+) -> Image.Image | Bands:
+    """The centre of ``image`` as it is; raises :class:`BadImage` where ``name`` is smaller."""
+    require_room(image.height, image.width, height, width, name)
+    left, top = _margin(image.width, width), _margin(image.height, height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def require_room(height: int, width: int, crop_height: int, crop_width: int, name: str) -> None:
+    """Raises :class:`BadImage` where a crop that is not resized does not fit into an image."""
+    if height < crop_height or width < crop_width:
+        raise BadImage(
+            f"{name} is of {width} × {height} pixels, too few for a crop of {crop_width} × "
+            f"{crop_height} that is not resized; leave the image out, ask for smaller crops, or "
+            "train without --crop_without_resize."
+        )
 
 
 def _margin(side: int, crop: int) -> int:

@@ -16,7 +16,6 @@ import numpy as np
 
 from dino_kit.data import augment
 from dino_kit.data.augment import CropParameters
-from dino_kit.errors import BadImage
 
 _BOX_TRIES = 10
 
@@ -71,7 +70,8 @@ def sample_crop(
     Raises:
         BadImage: the crop is not to be resized, and the image, ``name``, is smaller.
     """
-    require_room(view, height, width, name)
+    if view.scale is None:
+        augment.require_room(height, width, view.size, view.size, name)
     return CropParameters(
         size=view.size,
         box=_sample_box(view, height, width, rng),
@@ -90,16 +90,6 @@ def sample_crop(
             else 0
         ),
     )
-
-
-def require_room(view: View, height: int, width: int, name: str) -> None:
-    """Raises :class:`BadImage` where the crop is not to be resized, and the image is smaller."""
-    if view.scale is None and min(height, width) < view.size:
-        raise BadImage(
-            f"{name} is of {width} × {height} pixels, too few for a crop of {view.size} × "
-            f"{view.size} that is not resized; ask for smaller crops, or leave "
-            "--crop_without_resize out."
-        )
 
 
 def _sample_box(

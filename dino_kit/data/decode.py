@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 
 import numpy as np
@@ -51,7 +52,7 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, pixels: Pixels = R
             # names no file; what could exhaust the memory is an error below.
             warnings.simplefilter("ignore")
             if data.startswith(_NPY):
-                planes = _planes(np.load(io.BytesIO(data), allow_pickle=False), name, pixels)
+                planes = _planes(_read_npy(data), name, pixels)
             elif isinstance(read := _read(data, pixels), Image.Image):
                 return convert(read, name, pixels)
             else:
@@ -102,6 +103,20 @@ def _read(data: bytes, pixels: Pixels) -> Image.Image | np.ndarray:
             "8, so --value_range cannot be kept to; store it as TIFF or .npy"
         )
     return image
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """An array of a ``.npy`` file; memory is taken only for values that are there."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    reads = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
+        np.lib.format.read_array_header_2_0  # that of 3.0 has other names of fields only
+    )
+    shape, _, dtype = reads(file)
+    told, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if told > there:
+        raise ValueError(f"its header tells of {told:,} bytes of values, and it has {there:,}")
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def is_cut_to_8_bits(png: bytes) -> bool:

@@ -18,7 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_kit import log
-from dino_kit.data.crops import View, require_room
+from dino_kit.data.augment import require_room
+from dino_kit.data.crops import View
 from dino_kit.data.decode import decode
 from dino_kit.data.header import header
 from dino_kit.data.pixels import RGB, Pixels
@@ -172,7 +173,7 @@ class _Looks(Dataset):
         fault = ""
         try:
             for view in self.views:
-                require_room(view, image.height, image.width, name)
+                require_room(image.height, image.width, view.size, view.size, name)
         except UserError as error:
             fault = str(error)
         odd = (seen.turned, seen.frames > 1, seen.cut, seen.transparent)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 _BITS, _ORIENTATION, _SAMPLES, _KIND = 258, 274, 277, 339  # tags
+# By how much at most a way to compress makes bytes fewer; of others it is not known.
+_MOST_FEWER = {1: 1, 5: 2731, 8: 1032, 32773: 64, 32946: 1032}  # none, LZW, Deflate, PackBits
+_LITTLE = 1 << 28  # bytes that may be taken for an image of which little was stored
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 
 
@@ -53,44 +56,69 @@ def describe(data: bytes, in_chans: int) -> str:
     from tifffile import TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
-        part = _part(file, in_chans)
-        height, width = (part.shape[part.axes.index(axis)] for axis in "YX")
-        return f"{part.dtype} × {math.prod(part.shape) // (height * width)}"
+        part, _, _ = _part(file, in_chans)
+        return f"{part.dtype} × {_channels(part)}"
 
 
 def read(data: bytes, in_chans: int) -> np.ndarray:
     """The first image's channels, (C, H, W), of the type that they are stored in.
 
     Its bands; or its pages, where those are as many as ``in_chans`` or each is of one band. Turned
-    as the file says, which Pillow does with every TIFF.
+    as the file says, which Pillow does with every TIFF. Where C is not what is asked for, planes of
+    no pixels.
 
     Raises:
-        ValueError: it is too large; or whatever tifffile raises of a broken file.
+        ValueError: it is too large, or more than can be stored in so few bytes; or whatever tifffile
+            raises of a broken file.
     """
     from tifffile import TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
-        part = _part(file, in_chans)
+        part, first, extent = _part(file, in_chans)
+        channels = _channels(part)
+        if channels not in (in_chans, 1 if in_chans == 3 else in_chans):
+            return np.empty((channels, 0, 0), part.dtype)  # so many, which is all that is needed
+        _require_plausible(data, first, part.dtype.itemsize * channels * extent)
         array, axes = part.asarray(), part.axes
-        orientation = file.pages[0].tags.valueof(_ORIENTATION, default=1)
+        orientation = first.tags.valueof(_ORIENTATION, default=1)
     order = [place for place, axis in enumerate(axes) if axis not in "YX"]
     array = array.transpose(*order, axes.index("Y"), axes.index("X"))
     return oriented(array.reshape(-1, *array.shape[-2:]), int(orientation))
 
 
-def _part(file: TiffFile, in_chans: int) -> TiffPage | TiffPageSeries:
-    """The first page, or all of them where they are the channels."""
-    series = file.series[0]
+def _part(file: TiffFile, in_chans: int) -> tuple[TiffPage | TiffPageSeries, TiffPage, int]:
+    """The first page, or all of them where they are the channels; the first page; its pixels.
+
+    Of tiles that are larger than the page, those of a tile.
+    """
+    series, first = file.series[0], file.pages[0]
     sizes = dict(zip(series.axes, series.shape, strict=True))
     height, width, bands = sizes["Y"], sizes["X"], sizes.get("S", 1)
     pages = math.prod(series.shape) // (height * width * bands)
-    if height * width > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"{width} × {height} pixels could exhaust the memory")
+    tile = first.tilewidth * first.tilelength * first.tiledepth if first.is_tiled else 0
+    if max(height * width, tile) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        tiles = f" in tiles of {first.tilewidth} × {first.tilelength}" if tile else ""
+        raise ValueError(f"{width} × {height} pixels{tiles} could exhaust the memory")
     # Where nothing fits, what comes nearest, of which a sentence can tell.
     all_pages = bands != in_chans and (
         pages * bands == in_chans or bands == 1 and in_chans not in (1, 3)
     )
-    return series if all_pages else file.pages[0]
+    return series if all_pages else first, first, max(height * width, tile)
+
+
+def _channels(part: TiffPage | TiffPageSeries) -> int:
+    height, width = (part.shape[part.axes.index(axis)] for axis in "YX")
+    return math.prod(part.shape) // (height * width)
+
+
+def _require_plausible(data: bytes, page: TiffPage, size: int) -> None:
+    """Raises ValueError where ``size`` bytes of values cannot come of so few that are stored."""
+    packed = size * page.bitspersample // (8 * page.dtype.itemsize)
+    fewer = _MOST_FEWER.get(page.compression, math.inf)
+    if packed > max(_LITTLE, fewer * len(data)):
+        raise ValueError(
+            f"its header tells of {packed:,} bytes of values, more than its {len(data):,} can hold"
+        )
 
 
 def oriented(planes: np.ndarray, orientation: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import frozen
 from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -29,15 +30,15 @@ _MOST_PATCHES = 1 << 14
 
 
 def default_size(
-    training_size: int, patch_size: int, mixing: bool = False
+    training_size: int, patch_size: int, as_trained: bool = False
 ) -> tuple[int, int]:
     """Height and width at which to look: 480 after training at 224, as the reference has it.
 
     At other sizes it is in that proportion, in whole patches; small images, of 64 pixels and
-    fewer, are looked at as they were trained on, and so are all by a network whose token
-    ``mixing`` is made for one size.
+    fewer, are looked at ``as_trained`` on, and so are all by a network whose token mixing is made
+    for one size, or whose crops were not resized.
     """
-    if training_size <= 64 or mixing:
+    if training_size <= 64 or as_trained:
         return training_size, training_size
     side = patch_size * max(1, round(training_size * 480 / 224 / patch_size))
     return side, side
@@ -52,7 +53,10 @@ def require_size(image_size: Sequence[int], patch_size: int) -> None:
 
 
 def fit(
-    image: Image.Image | Bands, image_size: Sequence[int], patch_size: int
+    image: Image.Image | Bands,
+    image_size: Sequence[int],
+    patch_size: int,
+    crop_without_resize: bool = False,
 ) -> Image.Image | Bands:
     """The picture whose patches are looked at: ``image`` resized, then cut to whole patches.
 
@@ -60,10 +64,17 @@ def fit(
         image: a picture of any size.
         image_size: height and width in pixels; one number is the length of the shorter side.
         patch_size: side of a patch in pixels. What is over at the right and below is cut off.
+        crop_without_resize: nothing is resized, and so much is cut out of the centre; one number
+            is a square.
 
     Raises:
-        UserError: the resized picture is smaller than a patch, or has too many of them.
+        UserError: that picture is smaller than a patch, or has too many of them; or the image is
+            smaller than what is cut out of it.
     """
+    if crop_without_resize:
+        require_size(image_size, patch_size)
+        rows, columns = (side - side % patch_size for side in (image_size[0], image_size[-1]))
+        return center_crop(image, rows, columns, "it")
     width, height = image.size
     if len(image_size) == 2:
         rows, columns = image_size

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dino_kit import files, weights
 from dino_kit.backbones.frozen import frozen
-from dino_kit.data.augment import center_view, eval_sizes
+from dino_kit.data.augment import center_view
 from dino_kit.data.decode import convert, decode
 from dino_kit.data.sources.source import read_file
 from dino_kit.errors import UserError
@@ -71,13 +71,14 @@ class Classifier(nn.Module):
         """An image, or its file, as the network takes it: (channels, S, S) float32, on the CPU.
 
         Raises:
-            UserError: it cannot be read as an image of the network's channels.
+            UserError: it cannot be read as an image of the network's channels, or is too small.
         """
+        name = "The image" if isinstance(image, Image.Image) else str(image)
         if isinstance(image, Image.Image):
-            image = convert(image, "The image", self.transform.pixels)
+            image = convert(image, name, self.transform.pixels)
         else:
-            image = decode(read_file(image), str(image), self.transform.pixels)
-        pixels = center_view(image, *eval_sizes(self.transform.image_size))
+            image = decode(read_file(image), name, self.transform.pixels)
+        pixels = center_view(image, *self.transform.sizes, name)
         normalize = Normalize(self.transform.mean, self.transform.std)
         return normalize(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 

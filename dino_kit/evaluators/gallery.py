@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dino_kit import attention_page, figures, files
 from dino_kit.data import bands
+from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention
@@ -46,6 +47,7 @@ def show(
     pictures: Iterable[Picture],
     *,
     image_size: Sequence[int],
+    crop_without_resize: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     threshold: float | None = None,
@@ -60,6 +62,7 @@ def show(
         backbone: has self-attention; runs in eval mode and float32, where it is.
         pictures: taken one after the other, so they may be made as they are needed.
         image_size: height and width to which images are resized; one number is the shorter side.
+        crop_without_resize: nothing is resized; so much is cut out of the centre of the images.
         mean, std: of each channel, pixels in [0, 1].
         threshold: the share of the attention that masks keep; None for no masks.
         page: the page to write; None for none.
@@ -85,7 +88,9 @@ def show(
     exhibits: list[attention_page.Exhibit] = []
     for picture in pictures:
         try:
-            image = attention.fit(picture.image, image_size, backbone.patch_size)
+            image = attention.fit(
+                picture.image, image_size, backbone.patch_size, crop_without_resize
+            )
         except UserError as error:
             refuse(picture, error)
             continue
@@ -106,7 +111,12 @@ def show(
         most, room = attention_page.patches_for(page.images, len(maps))
         if len(exhibits) < room:
             grid = attention.smaller_grid(maps.shape[1:], most)
-            small = image.resize([n * backbone.patch_size for n in reversed(grid)])
+            height, width = (n * backbone.patch_size for n in grid)
+            if crop_without_resize:
+                small = center_crop(image, height, width)
+                sight = bands.picture(small)
+            else:
+                small = image.resize((width, height))
             rows = attention.attention_rows(backbone, see(small))  # (heads, T, N)
             note = _note(grid, maps.shape[1:])
             exhibits.append(attention_page.exhibit(picture.title, sight, rows.numpy(), grid, note))

@@ -19,6 +19,7 @@ import torch
 from dino_kit import distributed, files, log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.loader import Loader
+from dino_kit.data.sources.names import composed
 from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
@@ -78,7 +79,7 @@ class HeadTraining:
             self.start, self.results = saved["epoch"], saved["results"]
         self.loader = Loader(
             self.train,
-            [[linear.training_view(self.transform.image_size)]],
+            [[linear.training_view(self.transform.image_size, self.transform.crop_without_resize)]],
             seed=self.seed,
             epochs=self.epochs,
             total_batch_size=self.total_batch_size,
@@ -295,6 +296,6 @@ def _fingerprint(source: Source) -> str:
     """A hash of the images' names and labels, which does not depend on where the images lie."""
     digest = hashlib.sha256()
     for index, label in enumerate(labels_of(source).tolist()):
-        name = source.key(index).encode("utf-8", "surrogatepass")
+        name = composed(source.key(index)).encode("utf-8", "surrogatepass")
         digest.update(name + f"\0{label}\n".encode())
     return digest.hexdigest()

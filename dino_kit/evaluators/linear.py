@@ -33,15 +33,16 @@ _ROWS = 4096  # classified at once
 _STEPS_BETWEEN_LOSSES = 20  # a loss that is shown has to be waited for
 
 
-def training_view(size: int) -> View:
+def training_view(size: int, crop_without_resize: bool = False) -> View:
     """The crops that a linear layer learns from: a box of 8 to 100 % of the image, and a flip.
 
     torchvision's ``RandomResizedCrop(size)`` and ``RandomHorizontalFlip()`` as they are by default,
-    which resize bilinearly, where pretraining and validation do so bicubically.
+    which resize bilinearly, where pretraining and validation do so bicubically. Of a backbone that
+    learnt from crops without resizing it is such a crop.
     """
     return View(
         size=size,
-        scale=(0.08, 1.0),
+        scale=None if crop_without_resize else (0.08, 1.0),
         jitter_prob=0.0,
         gray_prob=0.0,
         blur_prob=0.0,

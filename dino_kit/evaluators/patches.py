@@ -97,6 +97,7 @@ def show(
     kinds: Sequence[str],
     *,
     image_size: Sequence[int],
+    crop_without_resize: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     facts: Mapping[str, object] | None = None,
@@ -107,8 +108,8 @@ def show(
 
     Args:
         kinds: ``"mixing"``, ``"similarity"`` or both.
-        backbone, pictures, image_size, mean, std, facts, advance, refuse: as those of
-            :func:`~dino_kit.evaluators.gallery.show`.
+        backbone, pictures, image_size, crop_without_resize, mean, std, facts, advance, refuse: as
+            those of :func:`~dino_kit.evaluators.gallery.show`.
 
     Raises:
         UserError: the backbone lacks what is to be shown, or takes no images of that size.
@@ -117,7 +118,9 @@ def show(
     device = next(backbone.parameters()).device
     for picture in pictures:
         try:
-            image = attention.fit(picture.image, image_size, backbone.patch_size)
+            image = attention.fit(
+                picture.image, image_size, backbone.patch_size, crop_without_resize
+            )
         except UserError as error:
             refuse(picture, error)
             continue

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dino_kit import figures, files, geometry
 from dino_kit.backbones.interface import HasSelfAttention
-from dino_kit.data.augment import center_view, eval_sizes, render
+from dino_kit.data.augment import center_view, render
 from dino_kit.data.bands import picture
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
@@ -117,14 +117,16 @@ class Probe:
 
     def _pairs(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
         """Of each image the embeddings (n, D) of its two crops, where both can be had."""
-        first, second = (self._embed(backbone, crops, whole=True) for crops in self.crops)
+        first, second = (
+            self._embed(backbone, crops, crop_without_resize=True) for crops in self.crops
+        )
         return (
             F.normalize(one.features[torch.isin(one.kept, other.kept)], dim=1)
             for one, other in ((first, second), (second, first))
         )
 
-    def _embed(self, backbone: nn.Module, source: Source, whole: bool = False) -> Features:
-        return embed(backbone, source, whole=whole, **self.transform._asdict(), **self._how)
+    def _embed(self, backbone: nn.Module, source: Source, **other: Any) -> Features:
+        return embed(backbone, source, **self.transform._asdict() | other, **self._how)
 
     def _classify(self, backbone: nn.Module) -> dict[str, Any]:
         bank, queries = (
@@ -184,8 +186,9 @@ class Probe:
 
     def _view(self, images: Source, place: int) -> np.ndarray:
         """An image as the network sees it, (S, S, C)."""
-        image = decode(images.read(place), images.name(place), self.transform.pixels)
-        return center_view(image, *eval_sizes(self.transform.image_size))
+        name = images.name(place)
+        image = decode(images.read(place), name, self.transform.pixels)
+        return center_view(image, *self.transform.sizes, name)
 
     def _picture(self, view: np.ndarray) -> Image.Image:
         """It as it is shown on the sheet."""

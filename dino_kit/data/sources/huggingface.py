@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dino_kit.data.sources.names import composed
 from dino_kit.data.sources.source import classes_of, read_file
 from dino_kit.errors import BadImage, UserError
 
@@ -93,8 +94,9 @@ def _labels(table: Any, column: str) -> tuple[list[str] | None, np.ndarray | Non
     values = list(table[column])
     names = getattr(table.features[column], "names", None)
     if names is not None:
+        names = [composed(name) for name in names]
         return names, np.array([-1 if v is None else v for v in values], np.int32)
-    texts = [None if value is None else str(value) for value in values]
+    texts = [None if value is None else composed(str(value)) for value in values]
     classes = classes_of({text for text in texts if text is not None})
     if not classes:
         return None, None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_kit.data.sources.names import Names
+from dino_kit.data.sources.names import Names, composed
 from dino_kit.data.sources.source import classes_of, read_file
 from dino_kit.errors import UserError
 
@@ -38,10 +38,11 @@ class ListSource:
         if not rows:
             raise UserError(f"{self.root} lists no image.")
         self.paths = Names.of(path for path, _ in rows)
-        labels = {label for _, label in rows if label}
-        self.classes = classes_of(labels) if labels else None
+        labels = [composed(label) for _, label in rows]
+        named = set(labels) - {""}
+        self.classes = classes_of(named) if named else None
         places = {label: place for place, label in enumerate(self.classes or ())}
-        self._labels = np.array([places.get(label, -1) for _, label in rows], np.int32)
+        self._labels = np.array([places.get(label, -1) for label in labels], np.int32)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino_kit.data.sources.names import composed
 from dino_kit.errors import BadImage, UserError
 
 _IMAGES, _LABELS = ("image", "img", "pixels"), ("label", "labels", "target", "class")
@@ -72,7 +73,7 @@ class DatasetSource:
         if highest < 0:
             return None
         if names is not None and len(names) > highest:
-            return [str(name) for name in names]
+            return [composed(str(name)) for name in names]
         return [str(number) for number in range(highest + 1)]
 
     @cached_property

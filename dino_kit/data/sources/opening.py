@@ -15,6 +15,7 @@ from dino_kit.data.sources.huggingface import HuggingFaceData
 from dino_kit.data.sources.lists import SUFFIXES, ListSource
 from dino_kit.data.sources.names import composed
 from dino_kit.data.sources.objects import DatasetSource
+from dino_kit.data.sources.single import OneImage
 from dino_kit.data.sources.source import Relabelled, Source, Subset, require_labels
 from dino_kit.data.sources.tar import SUFFIX, TarSource, shards_in
 from dino_kit.data.sources.torchvision_data import TorchvisionData
@@ -95,6 +96,30 @@ def open_training_source(
     if data.training and len(data.parts) > 1 and not isinstance(data, _Digits):
         log.say(f"{data.root} is split: training reads {source.root}")
     return source
+
+
+def open_pictures(
+    image_path: str, lists: str | Path | None = None, download: bool = False
+) -> Source:
+    """What ``--image_path`` means: an image, or all images of what :func:`open_data` takes.
+
+    Of halves that lie apart, as those of a dataset by name do, it is the one that is held out.
+
+    Raises:
+        UserError: there is no image in it, or nothing of that name.
+    """
+    known = (SUFFIX, *SUFFIXES, *_COMPRESSED)
+    if os.path.isfile(image_path) and not image_path.lower().endswith(known):
+        return OneImage(image_path)
+    data = open_data(image_path, lists, download)
+    if isinstance(data, _Folder) and not os.path.isdir(image_path):
+        raise UserError(
+            f"{image_path} is neither an image nor a folder of images, nor other data of which "
+            "--data_path could take them."
+        )
+    if isinstance(data, _Tree) and not data.is_apart:
+        return data.open()
+    return data.open(next((part for part in (*QUERIES, TRAIN) if part in data.parts), ""))
 
 
 def open_labelled_sources(
@@ -223,6 +248,8 @@ class _Digits:
 class _Tree:
     """A folder, or tar archives: the folders at the top may be a split."""
 
+    is_apart = False  # whether the halves can only be opened one by one
+
     def __init__(self, root: str, tops: Mapping[str, bool]):
         self.root = root
         words = [name for name in (TRAIN, *QUERIES) if name in tops]
@@ -241,6 +268,10 @@ class _Folder(_Tree):
     def __init__(self, root: str, lists: str | Path | None):
         self.lists = lists
         super().__init__(root, _tops_of_folder(root))
+
+    @property
+    def is_apart(self) -> bool:
+        return any(_is_of_shards(os.path.join(self.root, part)) for part in self.parts)
 
     def open(self, part: str = "") -> Source:
         path = str(Path(self.root, part))

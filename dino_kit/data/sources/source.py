@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dino_kit.data.sources.names import composed
 from dino_kit.errors import BadImage, UserError
 
 EXTENSIONS = frozenset(  # those that torchvision lists, and three more
@@ -98,10 +99,10 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of the images' names in their order, wherever the source lies."""
+    """A digest of the images' names in their order, wherever and in whichever form they lie."""
     digest = hashlib.sha256()
     for index in range(len(source)):
-        digest.update(source.key(index).encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(composed(source.key(index)).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 

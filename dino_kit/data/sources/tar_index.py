@@ -15,7 +15,7 @@ import numpy as np
 from dino_kit import log
 from dino_kit.data.sources import store
 from dino_kit.data.sources.archive import Archive, Member
-from dino_kit.data.sources.names import Names, order
+from dino_kit.data.sources.names import Names, composed, order
 from dino_kit.data.sources.source import classes_of
 from dino_kit.data.sources.tree import counted, extension, is_hidden, is_image, require_images
 
@@ -167,7 +167,7 @@ def _label(archive: Archive, member: Member) -> str | None:
         return None
     text = archive.read(member.offset, member.size).decode("utf-8", "replace").strip()
     if member.name.endswith(".cls"):
-        return text or None
+        return composed(text) or None
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -175,7 +175,7 @@ def _label(archive: Archive, member: Member) -> str | None:
     if not isinstance(content, dict):
         return None
     value = next((content[key] for key in _LABEL_KEYS if key in content), None)
-    return str(value) if isinstance(value, (int, str)) and str(value) else None
+    return composed(str(value)) or None if isinstance(value, (int, str)) else None
 
 
 def _changed(index: Index, shards: list[str]) -> str:
