@@ -76,7 +76,7 @@ def files() -> dict[str, bytes]:
         "bmp palette": saved(palette, "bmp"),
         "ppm": saved(PICTURE, "ppm"),
         "pgm": saved(gray, "ppm"),
-        "pgm 16": saved(Image.fromarray(deep[..., 0]), "ppm"),
+        "pgm 16": b"P5 12 9 65535\n" + deep[..., 0].astype(">u2").tobytes(),
         "tiff": saved(PICTURE, "tiff"),
         "tiff deflate": saved(PICTURE, "tiff", compression="tiff_deflate"),
         "tiff jpeg": saved(PICTURE, "tiff", compression="jpeg"),
