@@ -78,22 +78,20 @@ def _main(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(_overview())
         return 0
-    name = words[0]
-    if name == "--version":
+    if words[0] == "--version":
         from importlib.metadata import version
 
         print(f"dino-kit {version('dino_kit')}")
         return 0
+    name, words = _named(words)
     if name not in COMMANDS:
-        raise UserError(
-            f"{name!r} is no command; there are {', '.join(COMMANDS)}"
-            f"{fields.nearest(name, COMMANDS)}"
-        )
+        print(_overview(name))
+        return 0
     command = COMMANDS[name]
-    if {"--help", "-h"} & set(words[1:]):
+    if {"--help", "-h"} & set(words):
         print(_help(name, command))
         return 0
-    config = parse(name, words[1:])
+    config = parse(name, words)
     # PyTorch's threads wait for each other in busy loops, and starve when anything else, a data
     # worker too, wants their core: beside one busy process on two cores a step takes twice as
     # long as with threads that sleep, which cost nothing when the machine is free. PyTorch reads
@@ -101,6 +99,33 @@ def _main(words: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, function = command.function.split(":")
     return getattr(importlib.import_module(module), function)(config) or 0
+
+
+def _named(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that ``words`` begin with, and the words after it.
+
+    It is in the table; or where only help is wanted of a command of several parts, its first word.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    first, second = words[0], " ".join(words[:2])
+    if first in COMMANDS:
+        return first, list(words[1:])
+    if second in COMMANDS:
+        return second, list(words[2:])
+    parts = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+    if not parts:
+        known = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        raise UserError(
+            f"{first!r} is no command; there are {', '.join(known)}{fields.nearest(first, known)}"
+        )
+    if set(words[1:]) <= {"--help", "-h"}:
+        return first, []
+    raise UserError(
+        f"dino-kit {first} takes one of {', '.join(parts)}, and got {words[1]!r}"
+        f"{fields.nearest(words[1], parts)}"
+    )
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
@@ -173,8 +198,16 @@ def _known_flag(name: str, command: Command, text: str) -> str:
     return flag
 
 
-def _overview() -> str:
-    rows = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+def _overview(first: str = "") -> str:
+    """All commands; or the parts of the one whose first word is given."""
+    rows = [
+        f"  {name:<12}{command.summary}"
+        for name, command in COMMANDS.items()
+        if name.startswith(f"{first} " if first else "")
+    ]
+    if first:
+        usage = f"usage: dino-kit {first} PART [flags]"
+        return "\n".join([usage, "", *rows, "", "Each part has --help."])
     return "\n".join(
         [
             "dino-kit: pretrain a vision backbone by DINO on images without labels, measure it,",

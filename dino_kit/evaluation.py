@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
-import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -126,21 +124,12 @@ def repetition(command: str, config: Checkpoint) -> dict[str, Any]:
     """What it takes to evaluate again: settings, a command line and versions, as plain data."""
     return {
         "settings": fields.to_plain(config),
-        "command": _command_line(command, config),
+        "command": fields.command_line(
+            command, config, [config.weights] if config.weights else [],
+            without=("checkpoint", "pretrained_weights"),
+        ),
         "versions": versions(),
     }
-
-
-def _command_line(command: str, config: Checkpoint) -> str:
-    words = ["dino-kit", command]
-    if config.weights:
-        words.append(config.weights)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("checkpoint", "pretrained_weights"):
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name}", *map(str, values)]
-    return shlex.join(words)
 
 
 def versions() -> dict[str, str | None]:

@@ -33,8 +33,11 @@ def transform_of(config: TrainConfig) -> EvalTransform:
     )
 
 
-def view_groups(config: TrainConfig) -> list[list[View]]:
-    """The views of an image, those of one size together: two global ones, then the local ones."""
+def view_groups(config: Any) -> list[list[View]]:
+    """The views of an image, those of one size together: two global ones, then the local ones.
+
+    ``config`` is whatever has the settings of crops.
+    """
     coloured = config.in_chans == 3
 
     def view(kind: int, size: int, scale, ratio) -> View:

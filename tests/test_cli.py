@@ -21,8 +21,7 @@ PYTHON = [sys.executable, "-m", "dino_kit"]
 
 
 def parse(line: str):
-    name, *words = shlex.split(line)
-    return cli.parse(name, words)
+    return cli.parse(*cli._named(shlex.split(line)))
 
 
 def refusal(line: str) -> str:
@@ -206,7 +205,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "dino-kit: error: 'trian' is no command; there are quickstart, train, check-data, recipe, "
-        "knn, linear, attention, report, config; did you mean train?\n"
+        "knn, linear, attention, report, config, bench; did you mean train?\n"
     )
 
 
@@ -344,7 +343,7 @@ def test_help_has_every_flag_with_its_text_and_default(name, capsys, monkeypatch
     schema = COMMANDS[name].schema
     for columns in ("40", "80", "300"):
         monkeypatch.setenv("COLUMNS", columns)
-        assert cli.main([name, "--help"]) == 0
+        assert cli.main([*name.split(), "--help"]) == 0
         shown = capsys.readouterr().out
         assert shown.isascii()
         limit = min(max(int(columns), 60), 100)
@@ -360,8 +359,8 @@ def test_help_has_every_flag_with_its_text_and_default(name, capsys, monkeypatch
                 assert field.metadata["help"] in flat
         for flag in COMMANDS[name].without_effect:
             assert f"--{flag}" in flat
-    assert cli.main([name, "-h"]) == 0
-    assert cli.main([name, "--epochs", "x", "--help"]) == 0
+    assert cli.main([*name.split(), "-h"]) == 0
+    assert cli.main([*name.split(), "--epochs", "x", "--help"]) == 0
 
 
 def test_help_tells_defaults(capsys):
@@ -378,6 +377,22 @@ def test_the_overview_lists_every_command(capsys):
     shown = capsys.readouterr().out
     for name, command in COMMANDS.items():
         assert f"  {name:<12}{command.summary}\n" in shown
+
+
+def test_a_command_of_several_parts_lists_them(capsys):
+    shown = []
+    for words in (["bench"], ["bench", "--help"], ["bench", "-h"]):
+        assert cli.main(words) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    for name, command in COMMANDS.items():
+        assert (command.summary in shown[0]) == name.startswith("bench ")
+    assert cli.main(["bench", "dta", "FOLDER"]) == 2
+    told = capsys.readouterr().err
+    assert "dino-kit bench takes one of data, step, knn, fit, and got 'dta'" in told
+    assert "did you mean data?" in told
+    assert cli.main(["bnch"]) == 2
+    assert "did you mean bench?" in capsys.readouterr().err
 
 
 def test_every_example_in_the_help_is_a_command_line_that_works():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.check import CheckConfig
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
+from dino_kit.config.crops import Crops
 from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.errors import UserError
@@ -377,9 +378,12 @@ def names_read(module: str) -> set[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_field_is_read_by_its_command(name):
     schema = COMMANDS[name].schema
-    modules = [f"commands/{name.replace('-', '_')}"]
+    module = COMMANDS[name].function.partition(":")[0]
+    modules = [module.removeprefix("dino_kit.").replace(".", "/")]
     if issubclass(schema, TrainConfig | CheckConfig):
-        modules += ["assemble", "preparation"]
+        modules += ["assemble"]
+    if issubclass(schema, Crops):
+        modules += ["preparation"]
     if issubclass(schema, TrainConfig):
         modules += ["training/run", "commands/train"]
     if issubclass(schema, Checkpoint):

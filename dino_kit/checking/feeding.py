@@ -87,34 +87,41 @@ def cost(
 
 def workers(cost: Cost, device: Device) -> int:
     """Processes that feed ``device`` as far as the cores can; where reading waits, more than cores."""
-    return max(1, math.ceil(_pace(cost, device) / cost.rate - _NOT_WORTH_ONE_MORE))
+    return max(1, math.ceil(pace(cost, device) / cost.rate - _NOT_WORTH_ONE_MORE))
 
 
 def advice(cost: Cost, device: Device) -> str:
     """What to do about the workers, in a sentence or two."""
-    pace, takes = _pace(cost, device), f"takes {_rate(device.rate)} images a second"
+    paced, takes = pace(cost, device), f"takes {_rate(device.rate)} images a second"
     flag = f"--num_workers {workers(cost, device)}"
-    slower = pace < device.rate * (1 - _WORTH_TELLING)
+    slower = paced < device.rate * (1 - _WORTH_TELLING)
     if device.kind == "cpu":
-        told = f" through the networks, and {_rate(pace)} where it also makes the crops" * slower
+        told = f" through the networks, and {_rate(paced)} where it also makes the crops" * slower
         return (
             f"This machine's CPU {takes}{told}; {flag} suffices. A GPU needs a worker for every "
             f"{_rate(cost.rate)} images a second that it takes."
         )
-    if pace == device.rate:
+    if paced == device.rate:
         return f"The {device.title} {takes}, and {flag} suffices."
     return (
         f"The {device.title} {takes}, of which the {device.cores} cores here can prepare "
-        f"{_rate(pace)}: it waits {1 - pace / device.rate:.0%} of the time, with {flag} as with "
+        f"{_rate(paced)}: it waits {1 - paced / device.rate:.0%} of the time, with {flag} as with "
         "more. Smaller images on the disk, fewer --local_crops_number or more cores help."
     )
 
 
-def _pace(cost: Cost, device: Device) -> float:
-    """Images a second of the whole run; on a CPU networks and workers share the cores."""
+def pace(cost: Cost, device: Device, num_workers: int | None = None) -> float:
+    """Images a second of the whole run; on a CPU networks and workers share the cores.
+
+    With so many workers, of which 0 means that nothing is prepared while the networks compute;
+    None is as many as it takes.
+    """
+    if num_workers == 0:
+        return 1 / (1 / device.rate + 1 / cost.rate)
+    fed = math.inf if num_workers is None else num_workers * cost.rate
     if device.kind == "cpu":
-        return 1 / (1 / device.rate + cost.work / device.cores)
-    return min(device.rate, device.cores / max(cost.work, 1e-9))
+        return min(fed, 1 / (1 / device.rate + cost.work / device.cores))
+    return min(fed, device.rate, device.cores / max(cost.work, 1e-9))
 
 
 def _rate(rate: float) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dino_kit import distributed, figures, files, log
-from dino_kit.assemble import Prepare, build_learner, build_loader, view_groups
+from dino_kit.assemble import measure_step, view_groups
 from dino_kit.checking import feeding, text
 from dino_kit.checking.feeding import Device
 from dino_kit.checking.sheet import contact_sheet
@@ -28,7 +27,6 @@ from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.preparation import pixels_of, tell_what_is_left_out
 from dino_kit.proposal.machine import find_machine
-from dino_kit.proposal.speed import measure
 from dino_kit.training.precision import resolve_precision
 
 _TIMED = 64  # images, at most, of a step that is timed
@@ -86,9 +84,8 @@ def _check(config: CheckConfig) -> tuple[dict[str, Any], int]:
 
 
 def _as_run(config: CheckConfig) -> TrainConfig:
-    """The run whose images these are, as far as it is known; its first step is as any other."""
-    own = {"num_workers": 0, "freeze_last_layer": 0}
-    return fields.from_plain(TrainConfig, fields.to_plain(config) | own)
+    """The run whose images these are, as far as it is known."""
+    return fields.from_plain(TrainConfig, fields.to_plain(config) | {"num_workers": 0})
 
 
 def _open(config: CheckConfig) -> tuple[Data, dict[str, Source]]:
@@ -172,21 +169,13 @@ def _step_rate(
     source = Subset(found.source, readable[: _TIMED].tolist())
     log.say(f"timing a step on {device} in {precision}")
 
-    def load(images: int) -> Sequence[Any]:
-        sized = replace(train, total_batch_size=images, batch_size_per_gpu=images)
-        return next(iter(build_loader(sized, source, view_groups(sized), device, 0)))
-
     try:
-        learner = build_learner(replace(train, total_batch_size=1), 10, device, precision)
-        first = 1 if device.type == "cpu" else 4
-        # By which numbers they are normalised makes no difference to the time.
-        prepare = Prepare(device, (0.5,), (0.25,))
-        speed = measure(learner, load, prepare, len(source), first)
+        speed = measure_step(train, source, device, precision, 1 if device.type == "cpu" else 4)
     except (MemoryError, torch.OutOfMemoryError):
         log.notice(f"A step of this network does not fit into the memory of {device}.")
         return None
     batch = train.total_batch_size or train.batch_size_per_gpu
-    return batch / (speed.step + batch * speed.image)
+    return speed.rate(batch)
 
 
 def _milliseconds(seconds: float) -> str:

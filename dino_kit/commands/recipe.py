@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields as dataclass_fields
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dino_kit import distributed, files, log
-from dino_kit.assemble import Prepare, build_learner, build_loader, view_groups
+from dino_kit.assemble import measure_step
 from dino_kit.config import fields
 from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.train import TrainConfig
@@ -27,6 +24,7 @@ from dino_kit.proposal import text
 from dino_kit.proposal.fit import (
     Candidate,
     Request,
+    Speed,
     Trial,
     fit,
     ladder,
@@ -36,7 +34,6 @@ from dino_kit.proposal.fit import (
 )
 from dino_kit.proposal.machine import find_machine
 from dino_kit.proposal.propose import propose
-from dino_kit.proposal.speed import measure
 from dino_kit.proposal.survey import Survey, look
 from dino_kit.training.precision import resolve_precision
 
@@ -112,7 +109,8 @@ def _write(config: RecipeConfig) -> str:
             f"images a second in {trial.precision}"
         )
     proposal = propose(survey, machine, trials, request)
-    return text.as_text(proposal, _command_line(config), config.output or "mine.yaml")
+    asked = fields.command_line("recipe", config, [config.data_path], ("data_path", "output"))
+    return text.as_text(proposal, asked, config.output or "mine.yaml")
 
 
 def _try(
@@ -126,15 +124,8 @@ def _try(
          "num_workers": 0, "epochs": 100, "freeze_last_layer": 0},
     )  # fmt: skip
 
-    def load(images: int) -> Sequence[Any]:
-        sized = replace(config, total_batch_size=images, batch_size_per_gpu=images)
-        return next(iter(build_loader(sized, source, view_groups(sized), device, 0)))
-
-    def timed(precision: str):
-        sized = replace(config, total_batch_size=1)
-        learner = build_learner(sized, 10, device, precision)
-        # By which numbers they are normalised makes no difference to the time.
-        return measure(learner, load, Prepare(device, (0.5,), (0.25,)), len(source))
+    def timed(precision: str) -> Speed:
+        return measure_step(config, source, device, precision)
 
     if device.type != "cpu":
         precision = resolve_precision("auto", None, device)
@@ -151,13 +142,3 @@ def _unusual_pixels(config: RecipeConfig) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value) for name, value in given.items() if value != getattr(TrainConfig, name)
     )
-
-
-def _command_line(config: RecipeConfig) -> str:
-    words = ["dino-kit", "recipe", config.data_path]
-    for field in dataclass_fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("data_path", "output") and value != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name}", *map(str, values)]
-    return shlex.join(words)

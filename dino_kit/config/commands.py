@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 
+from dino_kit.config.bench import (
+    BenchDataConfig,
+    BenchFitConfig,
+    BenchKnnConfig,
+    BenchStepConfig,
+)
 from dino_kit.config.check import CheckConfig
 from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
@@ -44,6 +50,7 @@ _LAUNCHER = "torchrun's environment says which process this is"
 _TORCHRUN = {"dist_url": _LAUNCHER, "local_rank": _LAUNCHER}
 _EVALUATION = {**_TORCHRUN, "use_cuda": "--device says where to compute"}
 
+# Of two words where one command has several parts.
 COMMANDS = {
     "quickstart": Command(
         QuickstartConfig,
@@ -118,6 +125,46 @@ COMMANDS = {
         ),
         takes_recipe=True,
         missing_ok=True,
+    ),
+    "bench data": Command(
+        BenchDataConfig,
+        "dino_kit.commands.bench:data",
+        "images a second that this machine reads, decodes and crops, by stage",
+        (
+            "dino-kit bench data FOLDER",
+            "dino-kit bench data vits16_100ep FOLDER --num_workers 4 --json data.json",
+        ),
+        takes_recipe=True,
+    ),
+    "bench step": Command(
+        BenchStepConfig,
+        "dino_kit.commands.bench:step",
+        "images a second of a training step on random crops, its memory and phases",
+        (
+            "dino-kit bench step --arch vit_small --batch_size_per_gpu 8",
+            "dino-kit bench step vits16_100ep --precision bf16 --json step.json",
+        ),
+        takes_recipe=True,
+        missing_ok=True,
+        without_effect=_TORCHRUN,
+    ),
+    "bench knn": Command(
+        BenchKnnConfig,
+        "dino_kit.commands.bench:knn",
+        "seconds of exact k-NN on random features, against the reference's way",
+        ("dino-kit bench knn", "dino-kit bench knn --num_train 1281167 --num_queries 50000"),
+    ),
+    "bench fit": Command(
+        BenchFitConfig,
+        "dino_kit.commands.bench:fit",
+        "whether a run fits into memory, how long it takes, and what limits it",
+        (
+            "dino-kit bench fit vits16_100ep --data_path FOLDER",
+            "dino-kit bench fit --arch vit_small --epochs 300 --data_path FOLDER --json fit.json",
+        ),
+        takes_recipe=True,
+        missing_ok=True,
+        without_effect=_TORCHRUN,
     ),
 }
 

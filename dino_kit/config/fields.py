@@ -14,6 +14,7 @@ import difflib
 import functools
 import math
 import operator
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -231,6 +232,20 @@ def describe_value(schema: type, name: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command_line(command: str, config: Any, loose: Sequence[str] = (), without=()) -> str:
+    """The words that give ``config``: ``loose`` ones, then a flag for all that is not usual.
+
+    ``without`` names the fields that are left out; so are required ones that were not given.
+    """
+    words = ["dino-kit", *command.split(), *loose]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value not in ("", field.default) and field.name not in without:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name}", *map(str, values)]
+    return shlex.join(words)
 
 
 def takes_many(schema: type, name: str) -> bool:

@@ -35,6 +35,10 @@ class Speed:
     fixed_bytes: int  # of weights, gradients and moments
     image_bytes: int  # of an image, at the fullest moment of a step
 
+    def rate(self, batch: int) -> float:
+        """Images a second through the networks in steps of ``batch``, crops at hand."""
+        return batch / (self.step + batch * self.image)
+
 
 class Trial(NamedTuple):
     """A candidate that was measured."""
@@ -178,12 +182,19 @@ def _step_seconds(speed: Speed, batch: int, machine: Machine) -> float:
     return max(compute, batch * speed.crop / max(machine.workers, 1))
 
 
+def most_at_a_time(speed: Speed, machine: Machine) -> int | None:
+    """Images at a time that fit into the memory that is free; None where nobody knows that."""
+    if machine.memory is None:
+        return None
+    room = machine.memory * rules.MEMORY_SHARE[machine.device] - speed.fixed_bytes
+    return max(int(room // max(speed.image_bytes, 1)), 0)
+
+
 def _micro(speed: Speed, batch: int, machine: Machine) -> int:
     """Images at a time, at most ``batch``, in parts of one size that fit into memory."""
-    if machine.memory is None:
+    fitting = most_at_a_time(speed, machine)
+    if fitting is None:
         return batch
-    room = machine.memory * rules.MEMORY_SHARE[machine.device] - speed.fixed_bytes
-    fitting = int(room // max(speed.image_bytes, 1))
     if fitting < 1:
         return 0
     return -(-batch // -(-batch // min(fitting, batch)))

@@ -83,10 +83,10 @@ def _seconds(learner: Any, batches: Sequence[Any], repeats: int = 1) -> float:
     """Of a step, the least of ``repeats``: what else the machine does only ever adds to it."""
     least = math.inf
     for step in range(repeats):
-        _wait(learner.device)
+        wait(learner.device)
         began = time.perf_counter()
         learner.step(step, batches)
-        _wait(learner.device)
+        wait(learner.device)
         least = min(least, time.perf_counter() - began)
     return least
 
@@ -99,7 +99,7 @@ def _saving(learner: Any) -> float:
     return 4 * (time.perf_counter() - began)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
