@@ -553,7 +553,7 @@ def test_a_step_that_does_not_fit_into_memory_is_said(capsys, tmp_path, monkeypa
     def measure(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(speed, "measure", measure)
     numbers = check(capsys, write(tmp_path / "data", {"a.png": encoded(1)}), status=0)
     assert "images_a_second_a_worker" in numbers["speed"] and "device" not in numbers["speed"]
 
@@ -566,7 +566,7 @@ def test_the_step_has_the_batch_and_the_precision_of_the_run(capsys, tmp_path, m
         asked.append(learner.plan.last_layer_frozen(0))
         return speed.Speed(1.0, 0.5, 0.0, 0.0, 0, 0)
 
-    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(speed, "measure", measure)
     root = write(tmp_path / "data", {f"{n}.png": encoded(n) for n in range(5)} | {"bad.png": b""})
     more = ["--precision", "bf16", "--total_batch_size", "8"]
     numbers = check(capsys, root, *more, status=1)

@@ -42,13 +42,13 @@ def known(monkeypatch):
     """Speeds of a table in place of measured ones, and the precisions that were asked for."""
     asked = []
 
-    def measure(learner, load, prepare, images):
+    def measure(learner, load, prepare, images, first):
         asked.append(learner.autocast_dtype)
         seconds = 1e-4 if learner.autocast_dtype is None else known.half
         return Speed(1e-3, seconds, 1e-5, 0.01, 10**6, 10**4)
 
     known = SimpleNamespace(half=9e-5, asked=asked)
-    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(speed, "measure", measure)
     return known
 
 
