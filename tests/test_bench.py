@@ -74,8 +74,8 @@ def test_data_tells_the_rate_and_where_an_image_s_time_goes(folder, workers):
     assert told["images_per_second"] > 0 and told["images_per_second_per_core"] > 0
     assert told["num_workers"] == workers and told["images"] >= 4
     assert list(told["phases"]) == [
-        "read", "decode", "global_resize", "global_photometric", "local_resize",
-        "local_photometric", "rest",
+        "read", "decode", "parameters", "global_resize", "global_photometric", "local_resize",
+        "local_photometric", "batch",
     ]  # fmt: skip
     whole = 1 / told["images_per_second_in_process"]
     assert sum(told["phases"].values()) == pytest.approx(whole, rel=1e-6)
@@ -109,10 +109,10 @@ def test_data_counts_more_than_an_epoch_and_passes_over_what_is_broken(folder):
 def test_stages_never_add_up_to_more_than_the_whole():
     phases = data._within({"read": 1.0, "decode": 5.0, "global_resize": -1.0}, 3.0, 2)
     assert phases == pytest.approx(
-        {"read": 0.25, "decode": 1.25, "global_resize": 0.0, "rest": 0.0}
+        {"read": 0.25, "decode": 1.25, "global_resize": 0.0, "batch": 0.0}
     )
     phases = data._within({"read": 1.0}, 3.0, 2)
-    assert phases == pytest.approx({"read": 0.5, "rest": 1.0})
+    assert phases == pytest.approx({"read": 0.5, "batch": 1.0})
 
 
 def test_every_setting_of_data_is_as_train_has_it():

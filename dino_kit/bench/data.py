@@ -6,7 +6,7 @@ Legend: V_g views of one size.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,12 @@ from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
 from dino_kit.randomness import stream
 
-_MANY_EPOCHS = 1 << 20
 _ALONE = {"jitter": (), "gray": False, "blur_radius": None, "solarize_threshold": None}
 _GROUPS = ("global", "local")
+
+# (source, images of a batch, workers): a loader that does not end.
+Load = Callable[[Any, int, int], Loader]
+Decode = Callable[[Any, str, Pixels], Any]
 
 
 @dataclass(frozen=True)
@@ -58,83 +61,62 @@ def in_process(
     source: Source,
     groups: Sequence[Sequence[View]],
     pixels: Pixels,
+    load: Load,
     *,
     seed: int,
     batch_size: int,
     seconds: float,
+    decode: Decode = decode,
 ) -> InProcess:
     """The loader in this process, for so many ``seconds`` at least, and where they went.
 
     After each batch its images are taken once more, stage by stage, so that stages and whole are
     timed in turn. Resizing is a crop without changes of colour, blur and solarisation; these are
-    what the crop takes beyond; the rest, drawing parameters and copying crops into the batch, is
-    what the whole takes beyond the stages.
+    what the crop takes beyond. Copying crops into the batch is what the whole takes beyond all
+    other stages.
 
     Raises:
         UserError: no image can be read.
     """
-    peak = Peak()
-    timed = _ReadTimed(source)
-    loader = _loader(timed, groups, pixels, seed, batch_size, 0)
+
+    def stages_of(batch: Batch) -> dict[str, float]:
+        return _stages_of(source, groups, pixels, decode, seed, batch)
+
+    peak, timed = Peak(), _ReadTimed(source)
+    (first,) = next(iter(load(timed, 1, 0)))
+    stages_of(first)  # loads what is loaded once
+    batches = _endless(load(timed, min(batch_size, len(source)), 0))
+    timed.seconds = whole = core = 0.0
     stages: dict[str, float] = {}
-    whole = core = 0.0
     images = 0
-    steps = iter(loader)
-    (first,) = next(iter(_loader(source, groups, pixels, seed, 1, 0)))
-    _stages_of(source, groups, pixels, seed, first)  # loads what is loaded once
     while whole < seconds:
-        before, worked, began = timed.seconds, time.process_time(), time.perf_counter()
-        (batch,) = next(steps)
-        taken = time.perf_counter() - began
+        worked, began = time.process_time(), time.perf_counter()
+        batch = next(batches)
+        whole += time.perf_counter() - began
         core += time.process_time() - worked
-        whole += taken
         images += len(batch.indices)
-        _add(stages, {"read": timed.seconds - before})
         most = peak.bytes()
-        _add(stages, _stages_of(source, groups, pixels, seed, batch))
-    return InProcess(
-        whole / images, core / images, _within(stages, whole, images), images, most
-    )  # fmt: skip
+        _add(stages, stages_of(batch))
+    phases = _within({"read": timed.seconds, **stages}, whole, images)
+    return InProcess(whole / images, core / images, phases, images, most)
 
 
 def by_workers(
-    source: Source,
-    groups: Sequence[Sequence[View]],
-    pixels: Pixels,
-    *,
-    seed: int,
-    batch_size: int,
-    num_workers: int,
-    seconds: float,
+    source: Source, load: Load, *, batch_size: int, num_workers: int, seconds: float
 ) -> float:
     """Images a second of ``num_workers`` processes that go on without waiting for anyone.
 
     They send their batches in rounds, one of each worker. The first round, in which they start, is
     not counted.
     """
-    batches = _endless(_loader(source, groups, pixels, seed, batch_size, num_workers))
+    batches = _endless(load(source, min(batch_size, len(source)), num_workers))
     for _ in range(num_workers):
         next(batches)
-    began, images = time.perf_counter(), 0
-    while (passed := time.perf_counter() - began) < seconds or not images:
+    began, images, passed = time.perf_counter(), 0, 0.0
+    while passed < seconds:
         images += sum(len(next(batches).indices) for _ in range(num_workers))
-    return images / max(time.perf_counter() - began, passed)
-
-
-def _loader(
-    source: Any,
-    groups: Sequence[Sequence[View]],
-    pixels: Pixels,
-    seed: int,
-    batch_size: int,
-    num_workers: int,
-) -> Loader:
-    batch_size = min(batch_size, len(source))
-    return Loader(
-        source, groups, seed=seed, epochs=_MANY_EPOCHS, total_batch_size=batch_size,
-        batch_size_per_gpu=batch_size, pixels=pixels, num_workers=num_workers,
-        on_bad_image="replace",
-    )  # fmt: skip
+        passed = time.perf_counter() - began
+    return images / passed
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -146,6 +128,7 @@ def _stages_of(
     source: Source,
     groups: Sequence[Sequence[View]],
     pixels: Pixels,
+    decode: Decode,
     seed: int,
     batch: Batch,
 ) -> dict[str, float]:
@@ -159,8 +142,10 @@ def _stages_of(
         view_number = 0
         for group, views in zip(_GROUPS, groups, strict=False):
             for view in views:
+                began = time.perf_counter()
                 rng = stream("crop", seed, 0, index, view_number)
                 drawn = sample_crop(view, image.height, image.width, rng, name)
+                _add(taken, {"parameters": time.perf_counter() - began})
                 both = [("alone", replace(drawn, **_ALONE)), ("full", drawn)]
                 times = {}
                 # In turn, since the first to touch a part of the image waits for its memory.
@@ -177,14 +162,14 @@ def _stages_of(
 
 
 def _within(stages: dict[str, float], whole: float, images: int) -> dict[str, float]:
-    """Seconds an image by stage, and of the rest; together the whole's.
+    """Seconds an image by stage, and of the batch; together the whole's.
 
     Where the machine was slower while stages were timed, they would be more than the whole.
     """
     stages = {name: max(seconds, 0.0) for name, seconds in stages.items()}
     factor = min(whole / max(sum(stages.values()), 1e-9), 1.0)
     parts = {name: seconds * factor / images for name, seconds in stages.items()}
-    return {**parts, "rest": max(whole / images - sum(parts.values()), 0.0)}
+    return {**parts, "batch": max(whole / images - sum(parts.values()), 0.0)}
 
 
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from dino_kit import distributed, files, log
 from dino_kit.assemble import (
     build_learner,
+    build_loader,
     measure_step,
     view_groups,
     with_mlp_grid,
@@ -32,8 +32,9 @@ from dino_kit.config.bench import (
     BenchKnnConfig,
     BenchStepConfig,
 )
+from dino_kit.config.train import TrainConfig
 from dino_kit.data.inspection import inspect
-from dino_kit.data.loader import default_workers, usable_cores
+from dino_kit.data.loader import Loader, default_workers, usable_cores
 from dino_kit.data.sources.opening import open_training_source
 from dino_kit.data.sources.source import Subset
 from dino_kit.errors import UserError
@@ -43,6 +44,7 @@ from dino_kit.proposal.machine import find_machine
 from dino_kit.training.learner import MicroBatch
 from dino_kit.training.precision import resolve_precision
 
+_MANY = 1 << 20  # epochs, more than any measurement takes
 _SAMPLE = 64  # images of which the data of a run are judged
 _CPU = torch.device("cpu")
 
@@ -54,18 +56,19 @@ def data(config: BenchDataConfig) -> None:
         UserError: no image can be read.
     """
     _require_place(config.json)
-    with tempfile.TemporaryDirectory() as lists:
-        source = open_training_source(config.data_path, lists, config.download)
+    source = open_training_source(config.data_path, download=config.download)
     groups, pixels = view_groups(config), pixels_of(config)
     workers = default_workers() if config.num_workers is None else config.num_workers
-    how = {
-        "seed": config.seed, "batch_size": config.batch_size_per_gpu, "seconds": config.seconds,
-    }  # fmt: skip
+
+    def load(source: Any, batch: int, workers: int) -> Loader:
+        return build_loader(_as_run(config, batch, workers), source, groups, _CPU, 0)
+
+    how = {"batch_size": config.batch_size_per_gpu, "seconds": config.seconds}
     log.say(f"making crops of {source.root}")
-    alone = in_process(source, groups, pixels, **how)
+    alone = in_process(source, groups, pixels, load, seed=config.seed, **how)
     rate = 1 / alone.seconds
     if workers:
-        rate = by_workers(source, groups, pixels, num_workers=workers, **how)
+        rate = by_workers(source, load, num_workers=workers, **how)
     one = 1 / alone.core_seconds
     _tell_phases("an image, in one process", alone.phases, alone.seconds)
     largest = max(alone.phases, key=alone.phases.__getitem__)
@@ -140,8 +143,8 @@ def knn(config: BenchKnnConfig) -> None:
     cost = ways.measure_knn(features, ks, config.temperature, config.num_classes)
     slowest = cost.seconds[ways.REFERENCE]
     ratios = {way: slowest / seconds for way, seconds in cost.seconds.items()}
-    log.table("", ["way", "seconds", "times as fast", "top-1 %"], [
-        [way, f"{seconds:.2f}", f"{ratios[way]:.1f}",
+    log.table("", ["way", "seconds", "of a core", "times as fast", "top-1 %"], [
+        [way, f"{seconds:.2f}", f"{cost.core_seconds[way]:.2f}", f"{ratios[way]:.1f}",
          " ".join(f"{cost.top1[way][k]:.2f}" for k in ks)]
         for way, seconds in cost.seconds.items()
     ])  # fmt: skip
@@ -158,6 +161,7 @@ def knn(config: BenchKnnConfig) -> None:
             "vote": (seconds - cost.search) / config.num_queries,
         },
         "seconds": cost.seconds,
+        "core_seconds": cost.core_seconds,
         "times_the_reference": ratios,
         "top1": cost.top1,
         "peak_bytes_by_way": cost.peak_bytes,
@@ -175,8 +179,7 @@ def fit(config: BenchFitConfig) -> int:
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
     config = with_total_batch(with_mlp_grid(config), device)
-    with tempfile.TemporaryDirectory() as lists:
-        source = open_training_source(config.data_path, lists, config.download)
+    source = open_training_source(config.data_path, download=config.download)
     batch = config.total_batch_size
     if batch > len(source):
         raise UserError(
@@ -257,6 +260,13 @@ def _tell_fit(verdict: fitting.Verdict, asked: fitting.Asked, machine: Any) -> N
         f"{asked.epochs:,} epochs of {asked.images:,} images take about {_hours(verdict.hours)} at "
         f"{_rate(verdict.rate)} images a second."
     )
+
+
+def _as_run(config: BenchDataConfig, batch: int, workers: int) -> TrainConfig:
+    """A run that reads as ``config`` says, without an end. As it has no network, any crop fits."""
+    own = {"output_dir": "-", "patch_size": 1, "epochs": _MANY, "num_workers": workers}
+    sizes = {"batch_size_per_gpu": batch, "total_batch_size": batch}
+    return fields.from_plain(TrainConfig, {**fields.to_plain(config), **own, **sizes})
 
 
 def _random_batches(config: BenchStepConfig, device: torch.device) -> list[MicroBatch]:
