@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from refusals import refusal
 from tiny_run import TINY
 
 from dino_kit import cli
@@ -18,8 +17,8 @@ from dino_kit.bench import data, fit, knn, step
 from dino_kit.bench import machine as bench_machine
 from dino_kit.checking import feeding
 from dino_kit.checking.feeding import Cost, Device
-from dino_kit.config.commands import COMMANDS
 from dino_kit.config import fields
+from dino_kit.config.commands import COMMANDS
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import RunFailed
 from dino_kit.evaluators.knn import knn as classify
@@ -27,9 +26,7 @@ from dino_kit.proposal import machine, speed
 from dino_kit.proposal.fit import Speed
 from dino_kit.proposal.machine import Machine
 
-CROPS = (
-    "--global_crops_size 16 --local_crops_size 8 --local_crops_number 2 --batch_size_per_gpu 4"
-).split()
+CROPS = ["--global_crops_size", "16", "--local_crops_size", "8", "--local_crops_number", "2", "--batch_size_per_gpu", "4"]
 ABOUT = {"images_per_second", "peak_bytes", "phases", "command", "machine", "versions", "settings"}
 
 
@@ -198,9 +195,7 @@ def test_a_step_that_is_not_finite_ends_the_measurement():
 
 # knn
 
-SMALL = (
-    "--num_train 300 --num_queries 50 --embed_dim 8 --num_classes 5 --nb_knn 3 10"
-).split()
+SMALL = ["--num_train", "300", "--num_queries", "50", "--embed_dim", "8", "--num_classes", "5", "--nb_knn", "3", "10"]
 
 
 def test_knn_finds_the_same_by_every_way():
@@ -244,6 +239,7 @@ def test_fit_by_hand():
     quick_data, slow_data = Cost(0.0, 0.001, 0.001, 3), Cost(0.0, 0.04, 0.04, 3)
     told = fit.judge(asked(), speed_of(), quick_data, NIGHT)
     assert told.fits and told.largest_batch == 60 and told.needed_bytes == 8000
+    assert told.allowed_bytes == pytest.approx(9000)  # a tenth of a GPU stays free
     assert told.rate == told.compute_rate == pytest.approx(100)
     assert told.limit == "compute"
     assert told.hours == pytest.approx(10 * 1000 / 100 / 3600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dino_kit.checking.feeding import Cost, Device, pace
-from dino_kit.proposal.fit import Speed, most_at_a_time
+from dino_kit.proposal.fit import Speed, allowance, most_at_a_time
 from dino_kit.proposal.machine import Machine
 
 DATA, COMPUTE = "data", "compute"
@@ -34,7 +34,7 @@ class Verdict:
     fits: bool
     largest_batch: int | None  # images at a time that fit; None where nobody knows the memory
     needed_bytes: int  # by a step
-    free_bytes: int | None
+    allowed_bytes: float | None  # of the free memory what a run may take
     compute_rate: float  # images a second through the networks, crops at hand
     rate: float  # images a second of the whole run
     limit: str  # data or compute
@@ -52,7 +52,7 @@ def judge(asked: Asked, speed: Speed, cost: Cost, machine: Machine) -> Verdict:
         largest is None or asked.at_a_time <= largest,
         largest,
         speed.fixed_bytes + asked.at_a_time * speed.image_bytes,
-        machine.memory,
+        allowance(machine),
         compute,
         rate,
         _limit(rate, cost, device, asked.num_workers),

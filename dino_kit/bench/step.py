@@ -25,8 +25,7 @@ from dino_kit.errors import RunFailed
 from dino_kit.proposal.speed import wait
 
 PHASES = ("teacher", "student", "loss", "backward", "clipping", "optimizer", "average")
-_FIRST = 2  # steps that warm up: allocations, the optimiser's moments
-_LEAST = 2  # steps that are timed
+_FIRST = 2  # steps that warm up, where they are short: allocations, the optimiser's moments
 _DROPPED = 20  # steps that may overflow before the scale of fp16 suits
 
 
@@ -61,7 +60,7 @@ def measure_step(
 ) -> StepCost:
     """Time steps of what ``build`` makes on what ``batches`` makes, its micro-batches.
 
-    The fastest of the steps that ``seconds`` hold counts, because what else the machine does only
+    The fastest of the steps that ``seconds`` hold counts, one at least, because what else the machine does only
     ever adds to one.
 
     Raises:
@@ -70,12 +69,14 @@ def measure_step(
     peak = Peak(device)
     learner, made = build(), batches()
     images = sum(len(batch.places) for batch in made)
-    for step in range(_FIRST):
-        _committed(learner, step, made)
+    done, began = 0, time.perf_counter()
+    while done < 1 or (done < _FIRST and time.perf_counter() - began < seconds):
+        _committed(learner, done, made)
+        done += 1
     taken: list[dict[str, float]] = []
     with _clock(learner) as lap:
-        while len(taken) < _LEAST or sum(sum(phases.values()) for phases in taken) < seconds:
-            taken.append(lap(lambda: _committed(learner, len(taken) + _FIRST, made)))
+        while sum(sum(phases.values()) for phases in taken) < seconds:
+            taken.append(lap(lambda: _committed(learner, done + len(taken), made)))
     most = peak.bytes()
     fastest = min(taken, key=lambda phases: sum(phases.values()))
     return StepCost(

@@ -235,10 +235,10 @@ def fit(config: BenchFitConfig) -> int:
 
 
 def _tell_fit(verdict: fitting.Verdict, asked: fitting.Asked, machine: Any) -> None:
-    largest = verdict.largest_batch
+    largest, allowed = verdict.largest_batch, verdict.allowed_bytes
     rows = [
         ["memory of a step", _size(verdict.needed_bytes)],
-        ["memory that is free", "?" if machine.memory is None else _size(machine.memory)],
+        ["memory that it may take", "?" if allowed is None else _size(allowed)],
         ["most images at a time", "?" if largest is None else f"{largest:,}"],
         ["images a second, networks alone", _rate(verdict.compute_rate)],
         ["images a second, the whole run", _rate(verdict.rate)],
@@ -248,7 +248,8 @@ def _tell_fit(verdict: fitting.Verdict, asked: fitting.Asked, machine: Any) -> N
     log.table("", ["", ""], rows)
     if not verdict.fits:
         log.paragraph(
-            f"It does not fit into the memory of {machine.memory_of}: "
+            f"It does not fit into the memory of {machine.memory_of}, {_size(machine.memory)} free, "
+            "not all of which is to be taken: "
             + (
                 f"--batch_size_per_gpu {largest} would, with --total_batch_size {asked.batch} the "
                 "same run in parts."

@@ -184,10 +184,17 @@ def _step_seconds(speed: Speed, batch: int, machine: Machine) -> float:
 
 def most_at_a_time(speed: Speed, machine: Machine) -> int | None:
     """Images at a time that fit into the memory that is free; None where nobody knows that."""
+    allowed = allowance(machine)
+    if allowed is None:
+        return None
+    return max(int((allowed - speed.fixed_bytes) // max(speed.image_bytes, 1)), 0)
+
+
+def allowance(machine: Machine) -> float | None:
+    """Bytes of the free memory that a run may take; the rest is for what was not foreseen."""
     if machine.memory is None:
         return None
-    room = machine.memory * rules.MEMORY_SHARE[machine.device] - speed.fixed_bytes
-    return max(int(room // max(speed.image_bytes, 1)), 0)
+    return machine.memory * rules.MEMORY_SHARE[machine.device]
 
 
 def _micro(speed: Speed, batch: int, machine: Machine) -> int:
