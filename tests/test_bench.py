@@ -26,7 +26,10 @@ from dino_kit.proposal import machine, speed
 from dino_kit.proposal.fit import Speed
 from dino_kit.proposal.machine import Machine
 
-CROPS = ["--global_crops_size", "16", "--local_crops_size", "8", "--local_crops_number", "2", "--batch_size_per_gpu", "4"]
+CROPS = [
+    "--global_crops_size", "16", "--local_crops_size", "8", "--local_crops_number", "2",
+    "--batch_size_per_gpu", "4",
+]  # fmt: skip
 ABOUT = {"images_per_second", "peak_bytes", "phases", "command", "machine", "versions", "settings"}
 
 
@@ -195,7 +198,10 @@ def test_a_step_that_is_not_finite_ends_the_measurement():
 
 # knn
 
-SMALL = ["--num_train", "300", "--num_queries", "50", "--embed_dim", "8", "--num_classes", "5", "--nb_knn", "3", "10"]
+SMALL = [
+    "--num_train", "300", "--num_queries", "50", "--embed_dim", "8", "--num_classes", "5",
+    "--nb_knn", "3", "10",
+]  # fmt: skip
 
 
 def test_knn_finds_the_same_by_every_way():
