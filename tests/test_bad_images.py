@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic_run import settings
 from test_train import TINY, assert_same_run
 
-from dino_kit import cli, files, log
+from dino_kit import cli, files
 from dino_kit.data import bad_images as module
 from dino_kit.data.bad_images import BadImages, written
 from dino_kit.data.crops import View
@@ -20,11 +20,6 @@ from dino_kit.data.pixels import RGB
 from dino_kit.errors import UserError
 
 ONE = [[View(4, (0.4, 1.0), jitter_prob=0, gray_prob=0, blur_prob=0)]]
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 class Pictures:

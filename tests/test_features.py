@@ -11,16 +11,10 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from dino_kit import log
 from dino_kit.errors import UserError
 from dino_kit.features import embed, extract
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 class Pictures:
