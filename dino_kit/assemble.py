@@ -15,8 +15,10 @@ from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import augment
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.crops import View
+from dino_kit.data.decode import decode, decode_raster
 from dino_kit.data.loader import Batch, Loader, default_workers
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
 from dino_kit.data.sources.source import Source, fingerprint
@@ -158,6 +160,8 @@ def build_loader(
     start: int,
 ) -> Loader:
     workers = default_workers() if config.num_workers is None else config.num_workers
+    # A function of the caller's own gets the image that it was told it would.
+    own = any(view.render is not augment.render for group in views for view in group)
     return Loader(
         source,
         views,
@@ -170,6 +174,7 @@ def build_loader(
         world_size=distributed.world_size(),
         num_workers=workers,
         start_step=start,
+        decode=decode if own or config.pixels == "exact" else decode_raster,
         on_bad_image="replace" if config.on_bad_image == "skip" else "raise",
         pin_memory=device.type == "cuda",
     )

@@ -57,9 +57,13 @@ class Raster:
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Raster:
         """To (width, height), with antialiasing."""
+        # A copy in one piece: PyTorch takes neither memory that is not to be written to, as
+        # Pillow's, nor strides below 0; and nothing here may change the image.
+        whole = np.array(self.pixels, order="C")
         if size == self.size:
-            return Raster(np.ascontiguousarray(self.pixels))
-        planes = torch.from_numpy(self.pixels).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
+            return Raster(whole)
+        # In this order of memory there are vector instructions for three channels at once.
+        planes = torch.from_numpy(whole).unsqueeze(0).permute(0, 3, 1, 2)  # (1, 3, H, W)
         resized = F.interpolate(planes, size[::-1], mode=_MODES[resample], antialias=True)
         return Raster(resized[0].permute(1, 2, 0).numpy())
 
