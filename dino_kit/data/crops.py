@@ -75,7 +75,7 @@ def sample_crop(
     """
     if view.scale is None:
         augment.require_room(height, width, view.size, view.size, name)
-    n = _Numbers(*rng.random(_DRAWN).tolist())
+    n = _Numbers(rng.random(_DRAWN).tolist())
     return CropParameters(
         size=view.size,
         box=_sample_box(view, height, width, n),
@@ -107,7 +107,7 @@ class _Numbers:
         "vflip",
     )  # fmt: skip
 
-    def __init__(self, *n: float):
+    def __init__(self, n: list[float]):
         self.flip, self.jitter, self.gray, self.blur, self.radius, self.solarize = n[:6]
         self.vflip, self.rotate90, self.turns = n[6:9]
         self.factors, self.order, self.boxes = n[9:13], n[13:17], n[17:]  # boxes: 4 for each try
@@ -129,9 +129,10 @@ def _sample_box(view: View, height: int, width: int, n: _Numbers) -> tuple[int, 
         )  # fmt: skip
     area = height * width
     low, high = map(math.log, view.ratio)
+    smallest, largest = view.scale
     for start in range(0, 4 * _BOX_TRIES, 4):
         share, shape, top, left = n.boxes[start : start + 4]
-        target = area * _uniform(share, *view.scale)
+        target = area * _uniform(share, smallest, largest)
         ratio = math.exp(_uniform(shape, low, high))
         box_width = round(math.sqrt(target * ratio))
         box_height = round(math.sqrt(target / ratio))

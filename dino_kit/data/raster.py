@@ -21,7 +21,8 @@ from dino_kit.data import gaussian
 cv2.setNumThreads(1)
 
 _MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
-_LEVELS = np.arange(256, dtype=np.float32)
+_LEVELS = np.arange(256, dtype=np.uint8)
+_LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 _TURN = 360.0  # of a hue, in degrees
 # OpenCV rounds, Pillow cuts off: a blend's fraction, and half a step of its 255 hues on average.
 _CUT = -0.499
@@ -77,21 +78,29 @@ class Raster:
         return Raster(np.ascontiguousarray(np.rot90(self.pixels, quarter_turns)))
 
     def brightened(self, factor: float) -> Raster:
-        return self._mapped(_LEVELS * np.float32(factor))
+        return Raster(cv2.convertScaleAbs(self.pixels, alpha=factor, beta=_CUT))
 
     def contrasted(self, factor: float) -> Raster:
-        mean = np.float32(int(cv2.mean(self._luma())[0] + 0.5))
-        return self._mapped(mean + (_LEVELS - mean) * np.float32(factor))
+        mean = int(cv2.mean(self._luma())[0] + 0.5)
+        # Of an image and itself: what is below 0 or above 255 becomes that.
+        return Raster(
+            cv2.addWeighted(self.pixels, factor, self.pixels, 0.0, (1.0 - factor) * mean + _CUT)
+        )
 
     def saturated(self, factor: float) -> Raster:
-        gray = cv2.cvtColor(self._luma(), cv2.COLOR_GRAY2RGB)
-        return Raster(cv2.addWeighted(self.pixels, factor, gray, 1.0 - factor, _CUT))
+        mixed = np.empty((3, 4), np.float32)
+        mixed[:, :3] = (1.0 - factor) * _LUMA
+        mixed[:, 3] = _CUT
+        mixed[0, 0] += factor
+        mixed[1, 1] += factor
+        mixed[2, 2] += factor
+        return Raster(cv2.transform(self.pixels, mixed))
 
     def hue_shifted(self, shift: float) -> Raster:
         """By ``int(255 * shift)`` of 256 steps, as Pillow's 8 bits have it."""
         degrees = (int(255 * shift) * (_TURN / 256) + _HUE_CUT) % _TURN
         hsv = cv2.cvtColor(np.float32(self.pixels), cv2.COLOR_RGB2HSV)
-        cv2.add(hsv, (degrees, 0.0, 0.0, 0.0), dst=hsv)
+        hsv[..., 0] += np.float32(degrees)
         # Hues beyond a turn are taken back by it.
         return Raster(cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)))
 
@@ -109,11 +118,7 @@ class Raster:
         )
 
     def solarized(self, threshold: float) -> Raster:
-        return self._mapped(np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+        return Raster(cv2.LUT(self.pixels, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS)))
 
     def _luma(self) -> np.ndarray:
         return cv2.cvtColor(self.pixels, cv2.COLOR_RGB2GRAY)
-
-    def _mapped(self, levels: np.ndarray) -> Raster:
-        """Each value replaced by what ``levels`` (256,) has in its place, cut off to 8 bits."""
-        return Raster(cv2.LUT(self.pixels, levels.clip(0, 255).astype(np.uint8)))
