@@ -127,14 +127,29 @@ def require_some(source: Source, left_out: dict[str, str]) -> None:
 
 
 def labels_of(source: Source) -> Tensor:
-    """The labels of all images, (n,) int64; raises :class:`UserError` where one has none."""
-    labels = [source.label(index) for index in range(len(source))]
-    if None in labels:
-        raise UserError(
-            f"{source.name(labels.index(None))} has no label; an evaluation needs one for every "
-            "image."
-        )
-    return torch.tensor(labels, dtype=torch.int64)
+    """The labels of all images, (n,) int64, -1 of those that cannot be read for one.
+
+    Raises:
+        UserError: an image has none.
+    """
+    labels = torch.empty(len(source), dtype=torch.int64)
+    for index in range(len(source)):
+        label = source.label(index)
+        if label is None and not _is_lost(source, index):
+            raise UserError(
+                f"{source.name(index)} has no label; an evaluation needs one for every image."
+            )
+        labels[index] = -1 if label is None else label
+    return labels
+
+
+def _is_lost(source: Source, index: int) -> bool:
+    """Whether an image cannot even be had, as then its label may not be either."""
+    try:
+        source.read(index)
+    except BadImage:
+        return True
+    return False
 
 
 # Images (B, C, S, S); which they are; and of those left out the names and reasons.
