@@ -74,7 +74,7 @@ class BadImages:
             found = {i: why for batch in batches for i, why in batch.bad if i not in self._met}
             if found:
                 self._note(found)
-                self._judge(min(step * loader.total_batch_size, len(self.source)))
+                self._judge(step * loader.total_batch_size)
             yield batches
 
     def _note(self, found: dict[int, str]) -> None:
@@ -93,7 +93,8 @@ class BadImages:
                 file.write(_line(_plain(name), _plain(sentence.removeprefix(name))).encode())
             self._refresh()
 
-    def _judge(self, seen: int) -> None:
+    def _judge(self, used: int) -> None:
+        seen = min(used + len(self), len(self.source))
         basis = max(seen, min(len(self.source), _JUDGED))
         allowed = int(self.max_share * basis)
         if len(self) > allowed:
