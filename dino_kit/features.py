@@ -47,9 +47,15 @@ def extract(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures
     Raises:
         UserError: an image has no label, the sentence names it; or none can be used.
     """
+    features = embed_labelled(backbone, source, **how)
+    require_some(source, len(features.labels), features.left_out)
+    return features
+
+
+def embed_labelled(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures:
+    """As :func:`extract`, but for a part of a set, of which no image need be one that can be used."""
     labels = labels_of(source)
     features, kept, left_out = embed(backbone, source, **how)
-    require_some(source, left_out)
     return LabelledFeatures(features, labels[kept], left_out)
 
 
@@ -113,17 +119,19 @@ def embed(
                 kept += indices
             advance(len(indices) + len(bad))
     if left_out:
-        count, first = f"{len(left_out):,} of {len(source):,}", next(iter(left_out.values()))
-        verb = "is" if len(left_out) == 1 else "are"
+        # A list may name an image twice.
+        lost, first = len(source) - len(kept), next(iter(left_out.values()))
+        count, verb = f"{lost:,} of {len(source):,}", "is" if lost == 1 else "are"
         log.notice(f"{count} images of {source.root} cannot be used and {verb} left out. {first}")
     return Features(features[: len(kept)], torch.tensor(kept, dtype=torch.int64), left_out)
 
 
-def require_some(source: Source, left_out: dict[str, str]) -> None:
+def require_some(source: Source, used: int, left_out: dict[str, str]) -> None:
     """Raises :class:`UserError` where no image of ``source`` could be used; it says why."""
-    if len(left_out) == len(source):
-        first = next(iter(left_out.values()))
-        raise UserError(f"None of the {len(source):,} images of {source.root} can be used. {first}")
+    if not used:
+        # A process that has no part of the images has no reason to give.
+        first = next((f" {reason}" for reason in left_out.values()), "")
+        raise UserError(f"None of the {len(source):,} images of {source.root} can be used.{first}")
 
 
 def labels_of(source: Source) -> Tensor:

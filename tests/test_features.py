@@ -161,6 +161,21 @@ def test_where_no_image_can_be_used_there_is_a_sentence():
     assert probe.training
 
 
+class _Twice(Pictures):
+    def name(self, index):
+        return "the same"
+
+
+def test_an_image_that_is_listed_twice_counts_twice(capsys):
+    source = _Twice(3)
+    source.images[:2] = [None] * 2
+    assert len(extract(Probe(32), source, image_size=32).features) == 1
+    assert "2 of 3 images of a list cannot be used and are left out" in capsys.readouterr().err
+    source.images = [None] * 3
+    with pytest.raises(UserError, match="None of the 3 images"):
+        extract(Probe(32), source, image_size=32)
+
+
 class _Gone(Pictures):
     def read(self, index):
         raise UserError("The archive is gone.")

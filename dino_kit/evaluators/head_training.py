@@ -24,7 +24,7 @@ from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
-from dino_kit.features import LabelledFeatures, extract, labels_of
+from dino_kit.features import LabelledFeatures, embed_labelled, labels_of, require_some
 from dino_kit.normalize import Normalize
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -279,9 +279,13 @@ def shared_features(
     num_workers: int,
     device: torch.device,
 ) -> LabelledFeatures:
-    """Of this process's share; every image is in one share."""
+    """Of this process's share; every image is in one share.
+
+    Raises:
+        UserError: no process can use any of its images.
+    """
     share = range(distributed.rank(), len(source), distributed.world_size())
-    return extract(
+    found = embed_labelled(
         features,
         Subset(source, share),
         **transform._asdict(),
@@ -290,6 +294,9 @@ def shared_features(
         device=device,
         description="features (validation)",
     )
+    used = distributed.total(len(found.labels), device)
+    require_some(source, used, found.left_out)
+    return found
 
 
 def _fingerprint(source: Source) -> str:
