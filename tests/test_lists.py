@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino_kit.data.decode import decode
+from dino_kit.data.sources.huggingface import HuggingFaceSource
 from dino_kit.data.sources.lists import ListSource
 from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.data.sources.opening import open_data, open_labelled_sources, open_training_source
-from dino_kit.data.sources.source import Subset
+from dino_kit.data.sources.source import Subset, require_labels
 from dino_kit.errors import BadImage, UserError
 
 
@@ -305,3 +306,19 @@ def test_a_name_that_is_not_here_is_not_fetched(monkeypatch):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="cannot be read: .*; --download fetches it"):
         open_data("hf:nobody/nothing-of-this-name")
+
+
+def test_other_columns_of_images_are_not_decoded(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = [{"bytes": b"no image", "path": None}]
+    table = datasets.Dataset.from_dict({"image": rows, "mask": rows}, kinds)
+    assert HuggingFaceSource(table, "hf:x").read(0) == b"no image"
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_folders_are_not_missed_where_they_are_no_classes(tmp_path, kind):
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    source = ListSource(tmp_path / "list.txt") if kind == "list" else DatasetSource([PIXELS[0]])
+    with pytest.raises(UserError, match=r"has no labels, which an evaluation needs\.$"):
+        require_labels(source)

@@ -122,6 +122,8 @@ def require_labels(source: Source) -> None:
 
 
 def _why(source: Source) -> str:
+    if not hasattr(source, "names"):  # only in a tree do folders tell the class
+        return ""
     loose = next((key for key in map(source.key, range(len(source))) if "/" not in key), None)
     if loose is None:
         return ""
