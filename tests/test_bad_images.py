@@ -123,6 +123,14 @@ def test_what_was_mended_or_is_gone_is_struck_out_at_the_start(tmp_path):
     assert len(watch) == 0 and not (tmp_path / "bad_images.txt").exists()
 
 
+def test_what_is_too_small_for_its_crops_is_not_taken_for_mended(tmp_path):
+    too_large = [View(9, None, blur_prob=0)]  # the pictures are of 5 pixels
+    (tmp_path / "bad_images.txt").write_text("picture 3.png\tis of 5 × 5 pixels.\n", "utf-8")
+    for views, stays in ((too_large, True), ([], False)):
+        BadImages(Pictures(names(12)), RGB, tmp_path, 1.0, views).open()
+        assert bool(written(tmp_path)) == stays
+
+
 @pytest.mark.parametrize("images, broken, share, step", [
     (200, 2, 0.01, None), (200, 3, 0.01, 0), (200, 0, 0.0, None), (200, 1, 0.0, 0),
     (40, 1, 0.01, 0), (40, 20, 0.5, None),

@@ -8,7 +8,7 @@ drawn as in torchvision's ``RandomResizedCrop``, the colours as in its ``ColorJi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,13 @@ def sample_crop(
             else 0
         ),
     )
+
+
+def require_crops(views: Sequence[View], height: int, width: int, name: str) -> None:
+    """Raises :class:`BadImage` where a view that does not resize does not fit into an image."""
+    for view in views:
+        if view.scale is None:
+            augment.require_room(height, width, view.size, view.size, name)
 
 
 def _sample_box(
