@@ -107,7 +107,7 @@ class BadImages:
     def _judge(self, used: int) -> None:
         seen = min(used + len(self), len(self.source))
         basis = max(seen, min(len(self.source), _JUDGED))
-        allowed = int(self.max_share * basis)
+        allowed = int(self.max_share * basis + 1e-6)  # 0.29 of 100 are 29
         if len(self) > allowed:
             raise UserError(
                 f"{len(self):,} of the {seen:,} images looked at so far cannot be used, and "
