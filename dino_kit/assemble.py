@@ -79,7 +79,8 @@ def assemble(
     replaces, config = config.resume == "never", replace(config, resume="auto")
     config = with_normalization(config, source, saved, device)
 
-    loader = build_loader(config, source, views or view_groups(config), device, start)
+    views = views or view_groups(config)
+    loader = build_loader(config, source, views, device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
     skipped = engine.Skipped()
     monitor = Monitor(
@@ -97,8 +98,9 @@ def assemble(
         skipped = engine.Skipped(**saved["skipped"])
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
+    every = [view for group in views for view in group]
     bad_images = BadImages(
-        source, pixels_of(config), config.output_dir, config.max_bad_share
+        source, pixels_of(config), config.output_dir, config.max_bad_share, every
     )
     transform = transform_of(config)
     prepare = Prepare(device, transform.mean, transform.std)

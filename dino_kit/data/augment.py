@@ -8,6 +8,7 @@ Legend: S pixels of a side, C channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -190,7 +191,8 @@ def center_view(
     image as it is.
 
     Raises:
-        BadImage: nothing is to be resized, and the image, ``name``, is smaller than the crop.
+        BadImage: nothing is to be resized, and the image, ``name``, is smaller than the crop; or it
+            is so long and narrow that it would be too large, once resized.
     """
     if resize is None:
         return np.asarray(center_crop(image, crop, crop, name))
@@ -200,6 +202,11 @@ def center_view(
     else:
         size = (int(resize * width / height), resize)
     if size != image.size:
+        if math.prod(size) > max(2 * (Image.MAX_IMAGE_PIXELS or math.inf), width * height):
+            raise BadImage(
+                f"{name} is of {width} × {height} pixels, so long and narrow that it would be of "
+                f"{size[0]:,} × {size[1]:,} once its shorter side is {resize}."
+            )
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (_margin(side, crop) for side in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))

@@ -8,7 +8,7 @@ drawn as in torchvision's ``RandomResizedCrop``, the colours as in its ``ColorJi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,7 @@ def sample_crop(
     Raises:
         BadImage: the crop is not to be resized, and the image, ``name``, is smaller.
     """
-    if view.scale is None:
-        augment.require_room(height, width, view.size, view.size, name)
+    require_crops((view,), height, width, name)
     n = _Numbers(rng.random(_DRAWN).tolist())
     return CropParameters(
         size=view.size,
@@ -89,23 +88,15 @@ def sample_crop(
     )
 
 
+def require_crops(views: Sequence[View], height: int, width: int, name: str) -> None:
+    """Raises :class:`BadImage` where a view that does not resize does not fit into an image."""
+    for view in views:
+        if view.scale is None:
+            augment.require_room(height, width, view.size, view.size, name)
+
+
 class _Numbers:
     """Uniform in [0, 1), by what they decide."""
-
-    __slots__ = (
-        "blur",
-        "boxes",
-        "factors",
-        "flip",
-        "gray",
-        "jitter",
-        "order",
-        "radius",
-        "rotate90",
-        "solarize",
-        "turns",
-        "vflip",
-    )  # fmt: skip
 
     def __init__(self, n: list[float]):
         self.flip, self.jitter, self.gray, self.blur, self.radius, self.solarize = n[:6]
@@ -153,14 +144,14 @@ def _sample_box(view: View, height: int, width: int, n: _Numbers) -> tuple[int, 
 def _sample_jitter(view: View, n: _Numbers) -> tuple[tuple[str, float], ...]:
     """The colour operations in the order in which they are applied, each with its factor."""
     ranges = (
-        ("brightness", max(0.0, 1.0 - view.brightness), 1.0 + view.brightness),
-        ("contrast", max(0.0, 1.0 - view.contrast), 1.0 + view.contrast),
-        ("saturation", max(0.0, 1.0 - view.saturation), 1.0 + view.saturation),
-        ("hue", -view.hue, view.hue),
+        ("brightness", view.brightness, 1.0),
+        ("contrast", view.contrast, 1.0),
+        ("saturation", view.saturation, 1.0),
+        ("hue", view.hue, 0.0),
     )
-    drawn = [
-        (key, (name, _uniform(number, low, high)))
-        for key, number, (name, low, high) in zip(n.order, n.factors, ranges, strict=True)
-        if low < high
-    ]
+    drawn = []
+    for key, number, (name, strength, middle) in zip(n.order, n.factors, ranges, strict=True):
+        if strength > 0:
+            low = max(0.0, middle - strength) if middle else -strength
+            drawn.append((key, (name, _uniform(number, low, middle + strength))))
     return tuple(operation for _, operation in sorted(drawn))

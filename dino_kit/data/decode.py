@@ -168,6 +168,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def convert(image: Image.Image, name: str, pixels: Pixels = RGB) -> Image.Image | Bands:
     """What ``pixels`` asks for of a picture that Pillow opened; errors as those of :func:`decode`."""
+    if not all(image.size):
+        raise BadImage(f"{name} has no pixels: its size is {image.width} × {image.height}.")
     if pixels.exif == "apply":
         image = _upright(image)
     if image.mode[0] in "IF":  # of more than 8 bits

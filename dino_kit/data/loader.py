@@ -227,7 +227,10 @@ class _Crops(Dataset):
                     self._write(groups, len(indices), len(picks), pick, index)
                 except BadImage as error:
                     if self.on_bad_image == "raise":
-                        raise
+                        raise UserError(
+                            f"{error} A run that is to go on needs as many images as before: "
+                            "replace the file, rather than remove it."
+                        ) from error
                     bad.append((index, str(error)))
                 else:
                     indices.append(index)
@@ -236,8 +239,8 @@ class _Crops(Dataset):
             else:
                 if self.on_bad_image == "replace":
                     raise UserError(
-                        f"{bad[-1][1]} Neither can any of {_TRIES} other images that were drawn in "
-                        f"the place of {self.source.name(pick.index)}."
+                        f"{bad[-1][1]} Nor can what else was drawn, {_TRIES} times, in the place of "
+                        f"{self.source.name(pick.index)}."
                     )
         return Batch(
             [torch.from_numpy(group[:, : len(indices)]).permute(0, 1, 4, 2, 3) for group in groups]
@@ -283,10 +286,7 @@ def _channels_last(pixels: np.ndarray | Tensor) -> np.ndarray:
 
 def _readable(batch: Batch | str) -> Batch:
     if isinstance(batch, str):
-        raise UserError(
-            f"{batch} A run that is to go on needs as many images as before: replace the file, "
-            "rather than remove it."
-        )
+        raise UserError(batch)
     return batch
 
 

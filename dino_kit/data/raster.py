@@ -88,6 +88,8 @@ class Raster:
         )
 
     def saturated(self, factor: float) -> Raster:
+        if factor == 0:
+            return self.gray()
         mixed = np.empty((3, 4), np.float32)
         mixed[:, :3] = (1.0 - factor) * _LUMA
         mixed[:, 3] = _CUT
