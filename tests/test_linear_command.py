@@ -161,7 +161,7 @@ def test_the_files_of_a_training(whole, data):
             "loss": line["test_loss"], "images": VAL, "train_images": TRAIN,
             "largest_class_percent": found["largest_class_percent"],
         }  # fmt: skip
-    assert found["results"]["last"]["top1"] > 2 * found["largest_class_percent"]
+    assert found["results"]["best"]["top1"] > 2 * found["largest_class_percent"]
     assert found["largest_class_percent"] == pytest.approx(100 / len(CLASSES))
     assert (found["train_images"], found["test_images"], found["classes"]) == (TRAIN, VAL, 6)
     assert found["features"] == {
