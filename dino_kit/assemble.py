@@ -15,9 +15,11 @@ from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import augment
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.crops import View
-from dino_kit.data.loader import Batch, Loader, default_workers
+from dino_kit.data.decode import decode, decode_raster
+from dino_kit.data.loader import Batch, Decode, Loader, default_workers
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
 from dino_kit.data.sources.source import Source, fingerprint
 from dino_kit.errors import UserError
@@ -79,7 +81,8 @@ def assemble(
     replaces, config = config.resume == "never", replace(config, resume="auto")
     config = with_normalization(config, source, saved, device)
 
-    loader = build_loader(config, source, views or view_groups(config), device, start)
+    views = views or view_groups(config)
+    loader = build_loader(config, source, views, device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
     skipped = engine.Skipped()
     monitor = Monitor(
@@ -97,8 +100,9 @@ def assemble(
         skipped = engine.Skipped(**saved["skipped"])
     probe = build_probe(config, source, device)
     introduce(config, source, learner, loader, precision)
+    every = [view for group in views for view in group]
     bad_images = BadImages(
-        source, pixels_of(config), config.output_dir, config.max_bad_share
+        source, pixels_of(config), config.output_dir, config.max_bad_share, every
     )
     transform = transform_of(config)
     prepare = Prepare(device, transform.mean, transform.std)
@@ -152,6 +156,13 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config
 
 
+def decoder(config: Any, views: Sequence[Sequence[View]]) -> Decode:
+    """What reads the images of a run: ``config`` is whatever has the settings of crops."""
+    # A function of the caller's own gets the image that it was told it would.
+    own = any(view.render is not augment.render for group in views for view in group)
+    return decode if own or config.pixels == "exact" else decode_raster
+
+
 def build_loader(
     config: TrainConfig,
     source: Source,
@@ -172,6 +183,7 @@ def build_loader(
         world_size=distributed.world_size(),
         num_workers=workers,
         start_step=start,
+        decode=decoder(config, views),
         on_bad_image="replace" if config.on_bad_image == "skip" else "raise",
         pin_memory=device.type == "cuda",
     )

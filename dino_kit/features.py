@@ -47,9 +47,15 @@ def extract(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures
     Raises:
         UserError: an image has no label, the sentence names it; or none can be used.
     """
+    features = embed_labelled(backbone, source, **how)
+    require_some(source, len(features.labels), features.left_out)
+    return features
+
+
+def embed_labelled(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures:
+    """As :func:`extract`, but for a part of a set, of which no image need be one that can be used."""
     labels = labels_of(source)
     features, kept, left_out = embed(backbone, source, **how)
-    require_some(source, left_out)
     return LabelledFeatures(features, labels[kept], left_out)
 
 
@@ -113,28 +119,45 @@ def embed(
                 kept += indices
             advance(len(indices) + len(bad))
     if left_out:
-        count, first = f"{len(left_out):,} of {len(source):,}", next(iter(left_out.values()))
-        verb = "is" if len(left_out) == 1 else "are"
+        # A list may name an image twice.
+        lost, first = len(source) - len(kept), next(iter(left_out.values()))
+        count, verb = f"{lost:,} of {len(source):,}", "is" if lost == 1 else "are"
         log.notice(f"{count} images of {source.root} cannot be used and {verb} left out. {first}")
     return Features(features[: len(kept)], torch.tensor(kept, dtype=torch.int64), left_out)
 
 
-def require_some(source: Source, left_out: dict[str, str]) -> None:
+def require_some(source: Source, used: int, left_out: dict[str, str]) -> None:
     """Raises :class:`UserError` where no image of ``source`` could be used; it says why."""
-    if len(left_out) == len(source):
-        first = next(iter(left_out.values()))
-        raise UserError(f"None of the {len(source):,} images of {source.root} can be used. {first}")
+    if not used:
+        # A process that has no part of the images has no reason to give.
+        first = next((f" {reason}" for reason in left_out.values()), "")
+        raise UserError(f"None of the {len(source):,} images of {source.root} can be used.{first}")
 
 
 def labels_of(source: Source) -> Tensor:
-    """The labels of all images, (n,) int64; raises :class:`UserError` where one has none."""
-    labels = [source.label(index) for index in range(len(source))]
-    if None in labels:
-        raise UserError(
-            f"{source.name(labels.index(None))} has no label; an evaluation needs one for every "
-            "image."
-        )
-    return torch.tensor(labels, dtype=torch.int64)
+    """The labels of all images, (n,) int64, -1 of those that cannot be read for one.
+
+    Raises:
+        UserError: an image has none.
+    """
+    labels = torch.empty(len(source), dtype=torch.int64)
+    for index in range(len(source)):
+        label = source.label(index)
+        if label is None and not _is_lost(source, index):
+            raise UserError(
+                f"{source.name(index)} has no label; an evaluation needs one for every image."
+            )
+        labels[index] = -1 if label is None else label
+    return labels
+
+
+def _is_lost(source: Source, index: int) -> bool:
+    """Whether an image cannot even be had, as then its label may not be either."""
+    try:
+        source.read(index)
+    except BadImage:
+        return True
+    return False
 
 
 # Images (B, C, S, S); which they are; and of those left out the names and reasons.

@@ -13,6 +13,7 @@ from torchvision.transforms import functional as F
 
 from dino_kit.data import augment
 from dino_kit.data.augment import CropParameters, center_view, eval_sizes, render
+from dino_kit.errors import BadImage
 
 # Mean absolute difference, of 255, up to which two implementations of an operation agree.
 TOLERANCES = {
@@ -217,3 +218,10 @@ def test_sizes_of_an_evaluation(training_size, sizes):
 def test_an_evaluation_never_pads(training_size):
     resize, crop = eval_sizes(training_size)
     assert crop == training_size <= resize
+
+
+def test_an_image_that_would_be_too_large_once_resized_is_a_bad_one():
+    image = Image.new("RGB", (1, 40_000))
+    with pytest.raises(BadImage, match="x.png is of 1 × 40000 pixels, so long and narrow"):
+        center_view(image, 256, 224, "x.png")
+    assert center_view(image, 4, 4, "x.png").shape == (4, 4, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from synthetic_run import settings
 from test_train import TINY, assert_same_run
 
-from dino_kit import cli, files, log
+from dino_kit import cli, files
 from dino_kit.data import bad_images as module
 from dino_kit.data.bad_images import BadImages, written
 from dino_kit.data.crops import View
@@ -20,11 +21,6 @@ from dino_kit.data.pixels import RGB
 from dino_kit.errors import UserError
 
 ONE = [[View(4, (0.4, 1.0), jitter_prob=0, gray_prob=0, blur_prob=0)]]
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 class Pictures:
@@ -127,6 +123,14 @@ def test_what_was_mended_or_is_gone_is_struck_out_at_the_start(tmp_path):
     assert len(watch) == 0 and not (tmp_path / "bad_images.txt").exists()
 
 
+def test_what_is_too_small_for_its_crops_is_not_taken_for_mended(tmp_path):
+    too_large = [View(9, None, blur_prob=0)]  # the pictures are of 5 pixels
+    (tmp_path / "bad_images.txt").write_text("picture 3.png\tis of 5 × 5 pixels.\n", "utf-8")
+    for views, stays in ((too_large, True), ([], False)):
+        BadImages(Pictures(names(12)), RGB, tmp_path, 1.0, views).open()
+        assert bool(written(tmp_path)) == stays
+
+
 @pytest.mark.parametrize("images, broken, share, step", [
     (200, 2, 0.01, None), (200, 3, 0.01, 0), (200, 0, 0.0, None), (200, 1, 0.0, 0),
     (40, 1, 0.01, 0), (40, 20, 0.5, None),
@@ -142,9 +146,18 @@ def test_beyond_the_limit_the_run_ends(tmp_path, images, broken, share, step):
     with pytest.raises(UserError) as caught:
         list(watch.watch(loader))
     said = str(caught.value)
-    assert said.startswith(f"{broken} of the {images - 1} images looked at so far cannot be used, ")
+    # Those that took their places were looked at, too.
+    assert said.startswith(f"{broken} of the {images} images looked at so far cannot be used, ")
     assert f"--max_bad_share {share:g} allows {int(share * images)} of {images}; {tmp_path}" in said
     assert "\n" not in said
+
+
+def test_never_more_are_bad_than_were_looked_at(tmp_path):
+    watch, loader = watched(Pictures(names(40), names(30)), tmp_path, 0.1, epochs=1)
+    with pytest.raises(UserError) as caught:
+        list(watch.watch(loader))
+    bad, seen = map(int, re.match(r"(\d+) of the (\d+) images", str(caught.value)).groups())
+    assert seen == bad + 4  # which the first batch has
 
 
 def test_of_many_images_the_first_thousand_are_not_judged_by_their_share(tmp_path, monkeypatch):
@@ -155,7 +168,8 @@ def test_of_many_images_the_first_thousand_are_not_judged_by_their_share(tmp_pat
     meets = sorted(int(np.flatnonzero(order == index)[0]) // 4 for index in (0, 1))
     watch, loader = watched(source, tmp_path, 0.05, epochs=1)
     seen = 0
-    allowed = [int(0.05 * max(4 * (step + 1), 20)) for step in meets]
+    looked_at = [4 * (step + 1) + bad for bad, step in enumerate(meets, 1)]
+    allowed = [int(0.05 * max(count, 20)) for count in looked_at]
     assert allowed[0] >= 1  # a single one among the first does not end it
     if allowed[1] >= 2:
         assert len(list(watch.watch(loader))) == 25

@@ -328,7 +328,8 @@ def test_where_nothing_can_be_read_the_rest_is_left_out(capsys, tmp_path):
     assert numbers["contact_sheet"] is None and numbers["speed"] is None
     assert not Path("check_data").exists()
     told, status = said(capsys, root)
-    assert "2 images are broken" in told and "There is no image to show." in told and status == 1
+    assert "2 images are broken" in told and "That is 100 % of what was" in told
+    assert "There is no image to show." in told and status == 1
 
 
 # What is said

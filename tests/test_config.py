@@ -380,10 +380,8 @@ def test_every_field_is_read_by_its_command(name):
     schema = COMMANDS[name].schema
     module = COMMANDS[name].function.partition(":")[0]
     modules = [module.removeprefix("dino_kit.").replace(".", "/")]
-    if issubclass(schema, TrainConfig | CheckConfig):
-        modules += ["assemble"]
     if issubclass(schema, Crops):
-        modules += ["preparation"]
+        modules += ["assemble", "preparation"]
     if issubclass(schema, TrainConfig):
         modules += ["training/run", "commands/train"]
     if issubclass(schema, Checkpoint):

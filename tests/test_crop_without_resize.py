@@ -122,10 +122,10 @@ def test_features_are_those_of_the_centres(data, trained):
     loaded = weights.load(trained)
     whole, cut = (FolderSource(data / name) for name in ("whole", "cut"))
     usual = EvalTransform(S, pixels=loaded.transform.pixels)
-    expected, _ = extract(loaded.backbone, cut, **usual._asdict(), description="")
-    found, _ = extract(loaded.backbone, whole, **loaded.transform._asdict(), description="")
-    assert torch.equal(found, expected)
-    resized = embed(loaded.backbone, whole, **usual._asdict(), description="")
+    expected = extract(loaded.backbone, cut, **usual._asdict(), description="").features
+    found = extract(loaded.backbone, whole, **loaded.transform._asdict(), description="")
+    assert torch.equal(found.features, expected) and not found.left_out
+    resized = embed(loaded.backbone, whole, **usual._asdict(), description="").features
     assert not torch.allclose(resized, expected, atol=1e-3)
 
 
@@ -148,11 +148,11 @@ def test_another_size_is_another_centre(data, run, tmp_path, capsys):
     loaded = weights.load(run)
     smaller = loaded.transform._replace(image_size=12)
     every = embed(loaded.backbone, FolderSource(data / "whole"), **smaller._asdict(), description="")
-    every = torch.nn.functional.normalize(every, dim=1)
+    every = torch.nn.functional.normalize(every.features, dim=1)
     assert (bank[:, None] == every[None]).all(dim=2).any(dim=1).all()
-    assert command("knn", run, *where, 20) == 2
+    assert command("knn", run, *where, 44) == 2  # which none has room for
     said = capsys.readouterr().err
-    assert "00.png is of 40 × 16 pixels, too few for a crop of 20 × 20" in said
+    assert "None of the " in said and "pixels, too few for a crop of 44 × 44" in said
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -160,8 +160,10 @@ def test_an_evaluation_names_an_image_that_is_too_small(data, run, tmp_path, wor
     shutil.copytree(data / "whole", tmp_path / "data")
     Image.new("RGB", (40, S - 1)).save(tmp_path / "data/class1/small.png")
     flags = ["--data_path", tmp_path / "data", "--device", "cpu", "--num_workers", workers]
-    assert command("knn", run, *flags) == 2
-    assert "small.png is of 40 × 15 pixels, too few for a crop of 16 × 16" in capsys.readouterr().err
+    assert command("knn", run, *flags) == 0
+    said = capsys.readouterr().err
+    assert "1 of " in said and "cannot be used and is left out." in said
+    assert "small.png is of 40 × 15 pixels, too few for a crop of 16 × 16" in said
 
 
 def test_a_linear_layer_learns_from_crops_that_are_not_resized(data):
@@ -205,7 +207,7 @@ def test_the_probe_sees_the_centres(data, trained, tmp_path):
                       folder=tmp_path / name, device=torch.device("cpu"))  # fmt: skip
         results.append(probe(loaded.backbone, 1))
         expected = array(data / "cut/class0/02.png")
-        np.testing.assert_array_equal(probe._view(1), expected)
+        np.testing.assert_array_equal(probe._view(probe.images, 1), expected)
     for key in ("effective_rank", "knn_top1"):
         assert results[0][key] == results[1][key]
     probed = json.loads((trained / "probe.jsonl").read_text().splitlines()[-1])

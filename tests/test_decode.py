@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino_kit.data.decode import decode
-from dino_kit.errors import UserError
+from dino_kit.errors import BadImage, UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 31, 4), dtype=np.uint8)
 
@@ -105,6 +105,14 @@ def test_what_cannot_be_read_is_named_with_the_reason(data, reason):
     sentence = refusal(data)
     assert sentence.startswith("some/picture.jpg cannot be read as an image: ")
     assert reason in sentence
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (3, 0, 3), (0, 3)])
+def test_a_picture_without_pixels_is_named(shape):
+    empty = np.zeros(shape, np.uint8)
+    for data in (empty, Image.new("RGB", shape[:2])):
+        with pytest.raises(BadImage, match="^x has no pixels: its size is "):
+            decode(data, "x")
 
 
 @pytest.mark.parametrize(

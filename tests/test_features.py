@@ -11,16 +11,11 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from dino_kit import log
+from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.errors import UserError
 from dino_kit.features import embed, extract
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices(monkeypatch):
-    monkeypatch.setattr(log, "_noticed", set())
 
 
 class Pictures:
@@ -146,12 +141,39 @@ def test_images_that_cannot_be_used_are_left_out_told_and_counted(workers, bad, 
     assert labels.tolist() == [source.labels[index] for index in good]
 
 
+def test_an_image_that_is_lost_needs_no_label():
+    source = DatasetSource([(np.zeros((9, 9, 3), np.uint8), i % 2) for i in range(4)])
+    source.dataset = _Lost(source.dataset)
+    _, labels, left_out = extract(Probe(32), source, image_size=32)
+    assert labels.tolist() == [0, 0, 1] and list(left_out) == ["list[1]"]
+
+
+class _Lost(list):
+    def __getitem__(self, index):
+        return super().__getitem__(index if index != 1 else 99)
+
+
 def test_where_no_image_can_be_used_there_is_a_sentence():
     source, probe = Pictures(3), Probe(32).train()
     source.images = [None] * 3
     with pytest.raises(UserError, match="None of the 3 images of .* can be used. picture0 cannot"):
         extract(probe, source, image_size=32)
     assert probe.training
+
+
+class _Twice(Pictures):
+    def name(self, index):
+        return "the same"
+
+
+def test_an_image_that_is_listed_twice_counts_twice(capsys):
+    source = _Twice(3)
+    source.images[:2] = [None] * 2
+    assert len(extract(Probe(32), source, image_size=32).features) == 1
+    assert "2 of 3 images of a list cannot be used and are left out" in capsys.readouterr().err
+    source.images = [None] * 3
+    with pytest.raises(UserError, match="None of the 3 images"):
+        extract(Probe(32), source, image_size=32)
 
 
 class _Gone(Pictures):

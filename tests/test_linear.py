@@ -11,13 +11,17 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as pixels
 
+from dino_kit import distributed
 from dino_kit.backbones.build import create_backbone
 from dino_kit.data import augment
 from dino_kit.data.crops import sample_crop
+from dino_kit.data.sources.folder import FolderSource
 from dino_kit.errors import RunFailed, UserError
 from dino_kit.evaluators import linear
+from dino_kit.evaluators.head_training import shared_features
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step, accuracy, fit
 from dino_kit.randomness import stream
+from dino_kit.weights import EvalTransform
 
 WIDTH, CLASSES = 12, 7
 
@@ -32,7 +36,7 @@ def test_the_crops_to_train_on_are_torchvisions_by_default():
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     image, flips = Image.fromarray(noise), 0
     for number in range(20):
-        drawn = sample_crop(linear.training_view(32), 60, 90, stream("crop", 0, 0, number, 0))
+        drawn = sample_crop(linear.training_view(32), 60, 90, stream("crop", 0, 0, number))
         expected = pixels.resized_crop(image, *drawn.box, [32, 32], theirs.interpolation)
         expected = pixels.hflip(expected) if drawn.flip else expected
         assert np.array_equal(view.render(image, drawn), np.asarray(expected))
@@ -285,3 +289,26 @@ def test_accuracy_counts_image_by_image(monkeypatch, rows, classes):
         assert found["acc5"] is None
     else:
         assert found["acc5"] == pytest.approx(100 * np.mean([rank < 5 for rank in ranks]))
+
+
+@pytest.mark.parametrize("of_others", [3, 0])
+@pytest.mark.parametrize("images", [1, 2])  # the second process has none, or one
+def test_a_process_may_have_no_image_that_can_be_used_where_others_have(
+    monkeypatch, tmp_path, images, of_others
+):
+    for number in range(images):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        (tmp_path / f"class/{number}.png").write_bytes(b"no image")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "total", lambda number, device: number + of_others)
+    backbone = create_backbone("vit", patch_size=4, embed_dim=24, depth=1, num_heads=2)
+    features, transform = LinearFeatures(backbone), EvalTransform(16, (0.5,) * 3, (0.5,) * 3)
+    how = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
+    source = FolderSource(tmp_path)
+    if of_others:
+        found = shared_features(features, source, transform, **how)
+        assert found.features.shape == (0, 24) and len(found.left_out) == images - 1
+        return
+    with pytest.raises(UserError, match=f"^None of the {images} images of"):
+        shared_features(features, source, transform, **how)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino_kit.data.decode import decode
+from dino_kit.data.sources.huggingface import HuggingFaceSource
 from dino_kit.data.sources.lists import ListSource
 from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.data.sources.opening import open_data, open_labelled_sources, open_training_source
+from dino_kit.data.sources.source import Subset, require_labels
 from dino_kit.errors import BadImage, UserError
 
 
@@ -153,6 +155,34 @@ def test_a_fault_in_a_dataset_is_told_of_its_item():
         open_data([])
 
 
+class Patchy(list):
+    """The items whose place is in ``lost`` cannot be read; all that were asked for are in ``asked``."""
+
+    def __init__(self, items, lost=()):
+        super().__init__(items)
+        self.lost, self.asked = lost, []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        if index in self.lost:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_an_item_that_cannot_be_read_takes_no_labels_from_the_others(lost):
+    source = DatasetSource(Patchy([(PIXELS[0], 1)] * 4, [lost]))
+    assert source.classes == ["0", "1"]
+    labels = [source.label(index) for index in range(4)]
+    assert labels.pop(lost) is None and labels == [1, 1, 1]
+
+
+def test_training_reads_no_item_for_its_label():
+    dataset = Patchy([(PIXELS[0], 1)] * 4)
+    assert len(Subset(open_training_source(dataset), [1, 2])) == 2
+    assert dataset.asked == []
+
+
 class Broken(list):
     def __len__(self):
         return 1
@@ -206,6 +236,19 @@ def test_a_dataset_of_torchvision_without_a_split(tmp_path):
     assert len(open_training_source(path)) == 10
     bank, queries = open_labelled_sources(path)
     assert bank.classes == ["Forest", "River"] and len(bank) + len(queries) == 10
+
+
+def test_labels_of_torchvisions_are_known_without_decoding_an_image(tmp_path):
+    for part in ("train", "valid", "test"):
+        for name in ("negative", "positive"):
+            path = tmp_path / "rendered-sst2" / part / name / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"no image")
+    source = open_data(f"torchvision:RenderedSST2:{tmp_path}").open("train")
+    assert source.classes == ["negative", "positive"]
+    assert [source.label(index) for index in range(2)] == [0, 1]
+    with pytest.raises(BadImage):
+        source.read(0)
 
 
 def test_stl10_is_trained_on_its_images_without_labels():
@@ -263,3 +306,19 @@ def test_a_name_that_is_not_here_is_not_fetched(monkeypatch):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="cannot be read: .*; --download fetches it"):
         open_data("hf:nobody/nothing-of-this-name")
+
+
+def test_other_columns_of_images_are_not_decoded(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = [{"bytes": b"no image", "path": None}]
+    table = datasets.Dataset.from_dict({"image": rows, "mask": rows}, kinds)
+    assert HuggingFaceSource(table, "hf:x").read(0) == b"no image"
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_folders_are_not_missed_where_they_are_no_classes(tmp_path, kind):
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    source = ListSource(tmp_path / "list.txt") if kind == "list" else DatasetSource([PIXELS[0]])
+    with pytest.raises(UserError, match=r"has no labels, which an evaluation needs\.$"):
+        require_labels(source)

@@ -381,7 +381,7 @@ def test_the_crops_are_not_those_that_the_other_image_has_of_its_own():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_where_nothing_can_take_the_place_the_run_ends_in_a_sentence(workers):
     loader = load(Pictures(11, tuple(range(11))), on_bad_image="replace", num_workers=workers)
-    with pytest.raises(UserError, match=r"^picture \d+ cannot be .* Neither can any of 100 other"):
+    with pytest.raises(UserError, match=r"^picture \d+ cannot be .* Nor can .*, 100 times, .* \d+\.$"):
         list(loader)
 
 
@@ -409,7 +409,7 @@ def test_an_image_that_is_too_small_for_a_crop_as_it_is_can_be_replaced_too():
 @pytest.mark.parametrize("on_bad_image", ["raise", "replace", "leave_out"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_that_cannot_read_ends_the_run_with_its_sentence(workers, on_bad_image):
-    with pytest.raises(UserError, match=r"^a/b\.png cannot be opened: Gone\. .*: replace the"):
+    with pytest.raises(UserError, match=r"^a/b\.png cannot be opened: Gone\.$"):
         list(load(Unreadable(11), num_workers=workers, on_bad_image=on_bad_image))
 
 

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import tifffile
 import torch
@@ -79,6 +80,10 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(999)))
 
 
+def parse_version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
+
+
 def good() -> dict[str, bytes]:
     found = {
         f"modes/{mode}.png": encoded(picture(n, mode), "png")
@@ -86,8 +91,10 @@ def good() -> dict[str, bytes]:
     }
     found |= {
         f"modes/{mode}.tif": encoded(picture(n, mode), "tiff")
-        for n, mode in enumerate(("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"), 10)
+        for n, mode in enumerate(("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB"), 10)
     }
+    if parse_version(PIL.__version__) >= (11,):  # older Pillow cannot read what it has written
+        found["modes/YCbCr.tif"] = encoded(picture(17, "YCbCr"), "tiff")
     found |= {f"modes/{mode}.jpg": encoded(picture(20, mode), "jpeg") for mode in ("L", "CMYK")}
     glass = picture(3, "P")
     found["modes/glass.png"] = encoded(glass, "png", transparency=bytes(range(256)))

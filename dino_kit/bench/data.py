@@ -12,8 +12,7 @@ from typing import Any
 
 from dino_kit.bench.machine import Peak
 from dino_kit.data.crops import View, sample_crop
-from dino_kit.data.decode import decode
-from dino_kit.data.loader import Batch, Loader
+from dino_kit.data.loader import Batch, Decode, Loader
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
 from dino_kit.randomness import stream
@@ -23,7 +22,6 @@ _GROUPS = ("global", "local")
 
 # (source, images of a batch, workers): a loader that does not end.
 Load = Callable[[Any, int, int], Loader]
-Decode = Callable[[Any, str, Pixels], Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def in_process(
     seed: int,
     batch_size: int,
     seconds: float,
-    decode: Decode = decode,
+    decode: Decode,
 ) -> InProcess:
     """The loader in this process, for so many ``seconds`` at least, and where they went.
 
@@ -139,17 +137,17 @@ def _stages_of(
         began = time.perf_counter()
         image = decode(data, name, pixels)
         _add(taken, {"decode": time.perf_counter() - began})
-        view_number = 0
+        rng = stream("crop", seed, 0, index)
+        turn = 0
         for group, views in zip(_GROUPS, groups, strict=False):
             for view in views:
                 began = time.perf_counter()
-                rng = stream("crop", seed, 0, index, view_number)
                 drawn = sample_crop(view, image.height, image.width, rng, name)
                 _add(taken, {"parameters": time.perf_counter() - began})
                 both = [("alone", replace(drawn, **_ALONE)), ("full", drawn)]
                 times = {}
                 # In turn, since the first to touch a part of the image waits for its memory.
-                for kind, parameters in both[:: 1 if view_number % 2 else -1]:
+                for kind, parameters in both[:: 1 if turn % 2 else -1]:
                     began = time.perf_counter()
                     view.render(image, parameters)
                     times[kind] = time.perf_counter() - began
@@ -157,7 +155,7 @@ def _stages_of(
                     f"{group}_resize": times["alone"],
                     f"{group}_photometric": times["full"] - times["alone"],
                 })  # fmt: skip
-                view_number += 1
+                turn += 1
     return taken
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from dino_kit.checking.sheet import first_batches
 from dino_kit.data.crops import View
+from dino_kit.data.decode import decode
 from dino_kit.data.inspection import Findings
+from dino_kit.data.loader import Decode
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
 
@@ -60,18 +62,22 @@ def cost(
     groups: Sequence[Sequence[View]],
     pixels: Pixels,
     seed: int,
+    decode: Decode = decode,
 ) -> Cost | None:
     """What ``found`` tells of reading and decoding, and a sample of ``source`` of crops.
+
+    ``decode`` is what the run reads images by; the pass in which they were found had Pillow's. The
+    work of an image is the sample's, and only how it is split between the two is an estimate.
 
     None where no image can be read.
     """
     seconds = np.concatenate([findings.seconds[findings.readable] for findings in found])
     if not len(seconds):
         return None
-    read, decode = seconds.mean(axis=0, dtype=np.float64)
+    read, decoding = seconds.mean(axis=0, dtype=np.float64)
     taken: list[float] = []
     began, worked = time.monotonic(), time.thread_time()
-    for _ in first_batches(source, groups, pixels, seed):
+    for _ in first_batches(source, groups, pixels, seed, decode):
         now = time.thread_time()
         taken.append(now - worked)
         worked = now
@@ -81,8 +87,8 @@ def cost(
         return None
     sample = taken[1:] or taken  # the first also starts what the others find started
     # The sample was decoded, too, on the way to its crops.
-    crops = max(sum(sample) / len(sample) - decode, 0.0)
-    return Cost(float(read), float(decode), float(crops), len(sample))
+    crops = max(sum(sample) / len(sample) - decoding, 0.0)
+    return Cost(float(read), float(decoding), float(crops), len(sample))
 
 
 def workers(cost: Cost, device: Device) -> int:

@@ -15,7 +15,7 @@ from dino_kit import figures
 from dino_kit.data.bands import Bands, picture
 from dino_kit.data.crops import View
 from dino_kit.data.decode import decode
-from dino_kit.data.loader import Batch, Loader
+from dino_kit.data.loader import Batch, Decode, Loader
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
 
@@ -25,7 +25,11 @@ _TRIES = 200  # images, where many are broken
 
 
 def first_batches(
-    source: Source, groups: Sequence[Sequence[View]], pixels: Pixels, seed: int
+    source: Source,
+    groups: Sequence[Sequence[View]],
+    pixels: Pixels,
+    seed: int,
+    decode: Decode = decode,
 ) -> Iterator[Batch]:
     """The crops of one image after the other, in the order of a run's first epoch.
 
@@ -34,7 +38,7 @@ def first_batches(
     """
     loader = Loader(
         source, groups, seed=seed, epochs=1, total_batch_size=1, batch_size_per_gpu=1,
-        pixels=pixels, on_bad_image="leave_out",
+        pixels=pixels, on_bad_image="leave_out", decode=decode,
     )  # fmt: skip
     for (batch,) in islice(loader, _TRIES):
         if len(batch.indices):

@@ -126,7 +126,7 @@ def _tell_broken(summary: Summary) -> None:
     if count > _SHOWN:
         log.say("  --json lists all.")
     log.paragraph(
-        f"That is {100 * count / summary.checked:.2g} % of what was looked at; a run takes other "
+        f"That is {_percent(count / summary.checked)} of what was looked at; a run takes other "
         "images in their place, and ends where their share is above its --max_bad_share."
     )
 
@@ -185,6 +185,10 @@ def _counts(counter: Mapping[str, int]) -> str:
 
 def _size(width: int, height: int) -> str:
     return f"{width} × {height}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _images(count: int) -> str:

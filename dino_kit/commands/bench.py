@@ -14,6 +14,7 @@ from dino_kit import distributed, files, log
 from dino_kit.assemble import (
     build_learner,
     build_loader,
+    decoder,
     measure_step,
     view_groups,
     with_mlp_grid,
@@ -65,7 +66,8 @@ def data(config: BenchDataConfig) -> None:
 
     how = {"batch_size": config.batch_size_per_gpu, "seconds": config.seconds}
     log.say(f"making crops of {source.root}")
-    alone = in_process(source, groups, pixels, load, seed=config.seed, **how)
+    reads = decoder(config, groups)
+    alone = in_process(source, groups, pixels, load, seed=config.seed, decode=reads, **how)
     rate = 1 / alone.seconds
     if workers:
         rate = by_workers(source, load, num_workers=workers, **how)
@@ -189,7 +191,8 @@ def fit(config: BenchFitConfig) -> int:
     groups, pixels = view_groups(config), pixels_of(config)
     views = [view for group in groups for view in group]
     found = inspect(source, pixels, views, most=_SAMPLE, description="")
-    cost = feeding.cost([found], source, groups, pixels, config.seed)
+    reads = decoder(config, groups)
+    cost = feeding.cost([found], source, groups, pixels, config.seed, reads)
     if cost is None:
         raise UserError(f"None of {len(found)} images of {source.root} can be read.")
     log.say(f"timing a step on {device} in {precision}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dino_kit import distributed, figures, files, log
-from dino_kit.assemble import measure_step, view_groups
+from dino_kit.assemble import decoder, measure_step, view_groups
 from dino_kit.checking import feeding, text
 from dino_kit.checking.feeding import Device
 from dino_kit.checking.sheet import contact_sheet
@@ -131,7 +131,9 @@ def _feeding(
     precision: str,
 ) -> dict[str, Any] | None:
     source, pixels, groups = found[training].source, pixels_of(train), view_groups(train)
-    cost = feeding.cost(list(found.values()), source, groups, pixels, train.seed)
+    cost = feeding.cost(
+        list(found.values()), source, groups, pixels, train.seed, decoder(train, groups)
+    )
     if cost is None:
         return None
     log.paragraph(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dino_kit.config.fields import option
 from dino_kit.errors import UserError
@@ -39,6 +40,11 @@ class Crops:
         "stays as large as it was, as on a microscope's scale; share and shape of the box then "
         "have no meaning. No image may be smaller than a crop. Evaluators then cut the centre out "
         "likewise.",
+    )
+    pixels: Literal["fast", "exact"] = option(
+        "fast",
+        "How crops of RGB images are made: exact is Pillow, as in the reference; fast is equal to it "
+        "up to rounding.",
     )
     flip_prob: tuple[float, float, float] = option(
         (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1

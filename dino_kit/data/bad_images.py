@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dino_kit import distributed, files, log
+from dino_kit.data.crops import View, require_crops
 from dino_kit.data.decode import decode
 from dino_kit.data.loader import Batch, Loader
 from dino_kit.data.pixels import Pixels
@@ -28,10 +29,19 @@ class BadImages:
         pixels: what an image becomes.
         folder: where ``bad_images.txt`` goes.
         max_share: the share of bad images, among those looked at, beyond which the run ends.
+        views: crops that have to be possible of each image.
     """
 
-    def __init__(self, source: Source, pixels: Pixels, folder: str | Path, max_share: float):
+    def __init__(
+        self,
+        source: Source,
+        pixels: Pixels,
+        folder: str | Path,
+        max_share: float,
+        views: Sequence[View] = (),
+    ):
         self.source, self.pixels, self.max_share = source, pixels, max_share
+        self.views = views
         self.path = Path(folder) / NAME
         self._met: set[int] = set()
         self._written: dict[str, str] = {}  # reasons by names
@@ -59,7 +69,8 @@ class BadImages:
             name = _plain(self.source.name(index))
             if name in self._written:
                 try:
-                    decode(self.source.read(index), name, self.pixels)
+                    image = decode(self.source.read(index), name, self.pixels)
+                    require_crops(self.views, image.height, image.width, name)
                 except BadImage:
                     kept[name] = self._written[name]
         return kept
@@ -74,7 +85,7 @@ class BadImages:
             found = {i: why for batch in batches for i, why in batch.bad if i not in self._met}
             if found:
                 self._note(found)
-                self._judge(min(step * loader.total_batch_size, len(self.source)))
+                self._judge(step * loader.total_batch_size)
             yield batches
 
     def _note(self, found: dict[int, str]) -> None:
@@ -93,9 +104,10 @@ class BadImages:
                 file.write(_line(_plain(name), _plain(sentence.removeprefix(name))).encode())
             self._refresh()
 
-    def _judge(self, seen: int) -> None:
+    def _judge(self, used: int) -> None:
+        seen = min(used + len(self), len(self.source))
         basis = max(seen, min(len(self.source), _JUDGED))
-        allowed = int(self.max_share * basis)
+        allowed = int(self.max_share * basis + 1e-6)  # 0.29 of 100 are 29
         if len(self) > allowed:
             raise UserError(
                 f"{len(self):,} of the {seen:,} images looked at so far cannot be used, and "

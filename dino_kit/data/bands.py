@@ -8,12 +8,10 @@ Legend: C channels, H and W pixels.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from PIL import Image
 
-_BLUR_PASSES = 3  # Pillow's
+from dino_kit.data import gaussian
 
 
 class Bands:
@@ -94,14 +92,10 @@ class Bands:
 
     def blurred(self, radius: float) -> Bands:
         """Pillow's Gaussian of that deviation: three passes of a box, edges going on outside."""
-        # Gwosdek et al. 2011, the width of a box of which three have that deviation.
-        wide = math.sqrt(12 * radius * radius / _BLUR_PASSES + 1)
-        whole = int((wide - 1) / 2)
-        part = (2 * whole + 1) * (whole * (whole + 1) - 3 * radius * radius / _BLUR_PASSES)
-        part /= 6 * (radius * radius / _BLUR_PASSES - (whole + 1) ** 2)
+        whole, part = gaussian.box(radius)
         planes = self.planes
         for axis in (2, 1):
-            for _ in range(_BLUR_PASSES):
+            for _ in range(gaussian.PASSES):
                 planes = _box(planes, whole, part, axis)
         return Bands(planes)
 

@@ -8,7 +8,7 @@ drawn as in torchvision's ``RandomResizedCrop``, the colours as in its ``ColorJi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,49 +67,71 @@ def sample_crop(
 ) -> CropParameters:
     """Draw what to do with an image of ``height`` × ``width`` pixels for one crop of ``view``.
 
+    Always so many numbers are drawn at once, each with a meaning of its own: a crop of a view that
+    leaves something out is otherwise the same, and so is the next that is drawn from ``rng``.
+
     Raises:
         BadImage: the crop is not to be resized, and the image, ``name``, is smaller.
     """
-    if view.scale is None:
-        augment.require_room(height, width, view.size, view.size, name)
+    require_crops((view,), height, width, name)
+    n = _Numbers(rng.random(_DRAWN).tolist())
     return CropParameters(
         size=view.size,
-        box=_sample_box(view, height, width, rng),
-        flip=bool(rng.random() < view.flip_prob),
-        jitter=_sample_jitter(view, rng) if rng.random() < view.jitter_prob else (),
-        gray=bool(rng.random() < view.gray_prob),
-        blur_radius=rng.uniform(*view.blur_radius) if rng.random() < view.blur_prob else None,
-        solarize_threshold=(
-            view.solarize_threshold if rng.random() < view.solarize_prob else None
-        ),
-        # Drawn last, and only where they are wanted, so that other crops stay what they were.
-        vflip=bool(view.vflip_prob and rng.random() < view.vflip_prob),
-        quarter_turns=(
-            int(rng.integers(1, 4))
-            if view.rotate90_prob and rng.random() < view.rotate90_prob
-            else 0
-        ),
+        box=_sample_box(view, height, width, n),
+        flip=n.flip < view.flip_prob,
+        jitter=_sample_jitter(view, n) if n.jitter < view.jitter_prob else (),
+        gray=n.gray < view.gray_prob,
+        blur_radius=_uniform(n.radius, *view.blur_radius) if n.blur < view.blur_prob else None,
+        solarize_threshold=view.solarize_threshold if n.solarize < view.solarize_prob else None,
+        vflip=n.vflip < view.vflip_prob,
+        quarter_turns=1 + int(3 * n.turns) if n.rotate90 < view.rotate90_prob else 0,
     )
 
 
-def _sample_box(
-    view: View, height: int, width: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def require_crops(views: Sequence[View], height: int, width: int, name: str) -> None:
+    """Raises :class:`BadImage` where a view that does not resize does not fit into an image."""
+    for view in views:
+        if view.scale is None:
+            augment.require_room(height, width, view.size, view.size, name)
+
+
+class _Numbers:
+    """Uniform in [0, 1), by what they decide."""
+
+    def __init__(self, n: list[float]):
+        self.flip, self.jitter, self.gray, self.blur, self.radius, self.solarize = n[:6]
+        self.vflip, self.rotate90, self.turns = n[6:9]
+        self.factors, self.order, self.boxes = n[9:13], n[13:17], n[17:]  # boxes: 4 for each try
+
+
+_DRAWN = 17 + 4 * _BOX_TRIES
+
+
+def _uniform(number: float, low: float, high: float) -> float:
+    return low + (high - low) * number
+
+
+def _sample_box(view: View, height: int, width: int, n: _Numbers) -> tuple[int, int, int, int]:
     if view.scale is None:
-        top = int(rng.integers(0, height - view.size + 1))
-        left = int(rng.integers(0, width - view.size + 1))
-        return top, left, view.size, view.size
+        top, left = n.boxes[:2]
+        return (
+            int(top * (height - view.size + 1)), int(left * (width - view.size + 1)),
+            view.size, view.size,
+        )  # fmt: skip
     area = height * width
-    log_ratio = np.log(view.ratio)
-    for _ in range(_BOX_TRIES):
-        target = area * rng.uniform(*view.scale)
-        ratio = math.exp(rng.uniform(*log_ratio))
+    low, high = map(math.log, view.ratio)
+    smallest, largest = view.scale
+    for start in range(0, 4 * _BOX_TRIES, 4):
+        share, shape, top, left = n.boxes[start : start + 4]
+        target = area * _uniform(share, smallest, largest)
+        ratio = math.exp(_uniform(shape, low, high))
         box_width = round(math.sqrt(target * ratio))
         box_height = round(math.sqrt(target / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(rng.integers(0, height - box_height + 1))
-            left = int(rng.integers(0, width - box_width + 1))
-            return top, left, box_height, box_width
+            return (
+                int(top * (height - box_height + 1)), int(left * (width - box_width + 1)),
+                box_height, box_width,
+            )  # fmt: skip
     # No box fitted: the largest central one whose shape is allowed.
     box_height, box_width = height, width
     if width / height < view.ratio[0]:
@@ -119,17 +141,17 @@ def _sample_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _sample_jitter(view: View, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
+def _sample_jitter(view: View, n: _Numbers) -> tuple[tuple[str, float], ...]:
     """The colour operations in the order in which they are applied, each with its factor."""
-    strengths = {
-        "brightness": view.brightness,
-        "contrast": view.contrast,
-        "saturation": view.saturation,
-    }
-    factors = {
-        name: rng.uniform(max(0.0, 1.0 - x), 1.0 + x) for name, x in strengths.items() if x > 0
-    }
-    if view.hue > 0:
-        factors["hue"] = rng.uniform(-view.hue, view.hue)
-    names = list(factors)
-    return tuple((names[i], factors[names[i]]) for i in rng.permutation(len(names)))
+    ranges = (
+        ("brightness", view.brightness, 1.0),
+        ("contrast", view.contrast, 1.0),
+        ("saturation", view.saturation, 1.0),
+        ("hue", view.hue, 0.0),
+    )
+    drawn = []
+    for key, number, (name, strength, middle) in zip(n.order, n.factors, ranges, strict=True):
+        if strength > 0:
+            low = max(0.0, middle - strength) if middle else -strength
+            drawn.append((key, (name, _uniform(number, low, middle + strength))))
+    return tuple(operation for _, operation in sorted(drawn))

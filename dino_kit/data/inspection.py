@@ -18,8 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_kit import log
-from dino_kit.data.augment import require_room
-from dino_kit.data.crops import View
+from dino_kit.data.crops import View, require_crops
 from dino_kit.data.decode import decode
 from dino_kit.data.header import header
 from dino_kit.data.pixels import RGB, Pixels
@@ -140,8 +139,7 @@ class _Looks(Dataset):
     def __init__(
         self, source: Source, indices: np.ndarray, pixels: Pixels, views: Sequence[View]
     ):
-        self.source, self.indices, self.pixels = source, indices, pixels
-        self.views = [view for view in views if view.scale is None]
+        self.source, self.indices, self.pixels, self.views = source, indices, pixels, views
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -172,8 +170,7 @@ class _Looks(Dataset):
         seen = header(data, name, self.pixels, image)
         fault = ""
         try:
-            for view in self.views:
-                require_room(image.height, image.width, view.size, view.size, name)
+            require_crops(self.views, image.height, image.width, name)
         except UserError as error:
             fault = str(error)
         odd = (seen.turned, seen.frames > 1, seen.cut, seen.transparent)

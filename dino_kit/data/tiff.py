@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,9 +55,7 @@ def stored_type(image: Image.Image) -> np.dtype:
 
 def describe(data: bytes, in_chans: int) -> str:
     """Type of the values and number of the channels that :func:`read` would give, as "uint16 × 4"."""
-    from tifffile import TiffFile
-
-    with TiffFile(io.BytesIO(data)) as file:
+    with _opened(data) as file:
         part, _, _ = _part(file, in_chans)
         return f"{part.dtype} × {_channels(part)}"
 
@@ -71,9 +71,7 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
         ValueError: it is too large, or more than can be stored in so few bytes; or whatever tifffile
             raises of a broken file.
     """
-    from tifffile import TiffFile
-
-    with TiffFile(io.BytesIO(data)) as file:
+    with _opened(data) as file:
         part, first, extent = _part(file, in_chans)
         channels = _channels(part)
         if channels not in (in_chans, 1 if in_chans == 3 else in_chans):
@@ -84,6 +82,27 @@ def read(data: bytes, in_chans: int) -> np.ndarray:
     order = [place for place, axis in enumerate(axes) if axis not in "YX"]
     array = array.transpose(*order, axes.index("Y"), axes.index("X"))
     return oriented(array.reshape(-1, *array.shape[-2:]), int(orientation))
+
+
+def _opened(data: bytes) -> TiffFile:
+    """The file, whose pages come to an end: tifffile would go round in a circle of them for ever.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from tifffile import TiffFile
+
+    order, big = "<" if data[:2] == b"II" else ">", b"+" in data[2:4]
+    number, entries, size = (f"{order}Q", f"{order}Q", 20) if big else (f"{order}I", f"{order}H", 12)
+    at, seen = 8 if big else 4, set()
+    with suppress(struct.error, OverflowError):  # what is cut off is an end, too
+        while page := struct.unpack_from(number, data, at)[0]:
+            if page in seen:
+                raise ValueError("its pages follow each other in a circle")
+            seen.add(page)
+            count = struct.unpack_from(entries, data, page)[0]
+            at = page + struct.calcsize(entries) + count * size
+    return TiffFile(io.BytesIO(data))
 
 
 def _part(file: TiffFile, in_chans: int) -> tuple[TiffPage | TiffPageSeries, TiffPage, int]:

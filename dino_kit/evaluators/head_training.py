@@ -24,7 +24,7 @@ from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
-from dino_kit.features import LabelledFeatures, extract, labels_of
+from dino_kit.features import LabelledFeatures, embed_labelled, labels_of, require_some
 from dino_kit.normalize import Normalize
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -72,6 +72,7 @@ class HeadTraining:
     # "last" and "best".
     results: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     told: bool = field(default=False, init=False)  # that images are left out
+    chance: float = field(default=0.0, init=False)  # percent of the commonest class learnt from
 
     def __post_init__(self) -> None:
         saved = self._saved() if self.resume else None
@@ -145,6 +146,10 @@ class HeadTraining:
             num_workers=self.num_workers,
             device=self.device,
         )
+        counts = linear.class_counts(labels, len(self.train.classes), self.device)
+        learnt = labels_of(self.train)
+        largest = int(torch.bincount(learnt[learnt >= 0]).argmax())
+        self.chance = 100.0 * int(counts[largest]) / int(counts.sum())
         total, done = self.loader.total_steps, self.loader.start_step
         with log.progress(total, "training", done) as advance:
             linear.fit(
@@ -195,6 +200,7 @@ class HeadTraining:
                 "top1": line["test_acc1"],
                 "top5": line["test_acc5"],
                 "loss": line["test_loss"],
+                "largest_class_percent": self.chance,
                 "images": line["test_images"],
                 "train_images": line["train_images"],
             }
@@ -279,9 +285,13 @@ def shared_features(
     num_workers: int,
     device: torch.device,
 ) -> LabelledFeatures:
-    """Of this process's share; every image is in one share."""
+    """Of this process's share; every image is in one share.
+
+    Raises:
+        UserError: no process can use any of its images.
+    """
     share = range(distributed.rank(), len(source), distributed.world_size())
-    return extract(
+    found = embed_labelled(
         features,
         Subset(source, share),
         **transform._asdict(),
@@ -290,6 +300,9 @@ def shared_features(
         device=device,
         description="features (validation)",
     )
+    used = distributed.total(len(found.labels), device)
+    require_some(source, used, found.left_out)
+    return found
 
 
 def _fingerprint(source: Source) -> str:

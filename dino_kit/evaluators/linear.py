@@ -209,6 +209,16 @@ def _learn(head: LinearHead, optimizer: torch.optim.Optimizer, step: Step) -> Te
     return loss.detach()
 
 
+def class_counts(labels: Tensor, classes: int, device: torch.device) -> Tensor:
+    """How many of all processes' ``labels`` are of each class, (classes,) int64, on the CPU.
+
+    ``labels`` (n,) are this process's; what is below 0 is of none. ``device`` is where processes
+    talk to each other.
+    """
+    counts = torch.bincount(labels[labels >= 0].cpu(), minlength=classes)
+    return distributed.all_reduce_sum(counts.to(device)).cpu()
+
+
 @torch.no_grad()
 def accuracy(head: LinearHead, features: Tensor, labels: Tensor) -> dict[str, float | None]:
     """How ``head`` classifies the images of all processes together.

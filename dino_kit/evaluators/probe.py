@@ -96,7 +96,7 @@ class Probe:
         """
         began = time.monotonic()
         features, kept, left_out = self._embed(backbone, self.images)
-        require_some(self.images, left_out)
+        require_some(self.images, len(kept), left_out)
         images, embeddings = Subset(self.images, kept.tolist()), F.normalize(features, dim=1)
         first, second = self._pairs(backbone)
         result = {

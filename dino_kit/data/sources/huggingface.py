@@ -63,7 +63,9 @@ class HuggingFaceSource:
             what = f"no column of images among {', '.join(features)}" if len(table) else "no row"
             raise UserError(f"{root} has {what}.")
         self.column = columns[0]
-        self.table = table.cast_column(self.column, datasets.Image(decode=False))
+        # Of a row all columns would be read, and other images among them decoded.
+        alone = table.select_columns([self.column])
+        self.table = alone.cast_column(self.column, datasets.Image(decode=False))
         named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         named += [name for name in ("label", "labels") if name in features]
         self.classes, self._labels = _labels(table, named[0]) if named else (None, None)

@@ -22,19 +22,24 @@ class DatasetSource:
     ``image`` and ``label``. An image is one of PIL's, an array (H, W) or (H, W, C), a tensor
     (C, H, W), or the bytes of a file. Labels are taken from ``dataset.targets`` or
     ``dataset.labels`` where it has them, else from the items, and their names from
-    ``dataset.classes``. Where workers are spawned rather than forked the object is pickled.
+    ``dataset.classes``; an item that cannot be read has none then. Where workers are spawned
+    rather than forked the object is pickled.
 
     Args:
         dataset: the object, without augmentation of its own.
         root: what to call it in messages.
+        labels: whole numbers, where they are known beside the items.
     """
 
-    def __init__(self, dataset: Any, root: str | None = None):
+    def __init__(
+        self, dataset: Any, root: str | None = None, labels: Sequence[int] | None = None
+    ):
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise UserError(
                 f"A {type(dataset).__name__} is no dataset: it needs a length, and items by number."
             )
         self.dataset, self.root = dataset, root or type(dataset).__name__
+        self._given = labels
         if not len(dataset):
             raise UserError(f"{self.root} holds no image.")
 
@@ -79,13 +84,20 @@ class DatasetSource:
     @cached_property
     def _labels(self) -> np.ndarray:
         """(n,) int64, -1 for none."""
-        for name in ("targets", "labels"):
-            values = getattr(self.dataset, name, None)
+        known = (getattr(self.dataset, name, None) for name in ("targets", "labels"))
+        for values in (self._given, *known):
             if values is not None and len(values) == len(self):
                 return np.array([_number(value) for value in values], np.int64)
-        if self._item(0)[1] is None:
-            return np.full(len(self), -1)
-        return np.array([_number(self._item(i)[1]) for i in range(len(self))], np.int64)
+        labels, labelled = np.full(len(self), -1), False
+        for index in range(len(self)):
+            try:
+                label = self._item(index)[1]
+            except BadImage:
+                continue
+            if label is None and not labelled:
+                break  # where the first has none, none has
+            labels[index], labelled = _number(label), True
+        return labels
 
     def _item(self, index: int) -> tuple[Any, Any]:
         try:

@@ -53,7 +53,12 @@ class Subset:
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
-        self.root, self.classes = source.root, source.classes
+        self.root = source.root
+
+    @property
+    def classes(self) -> list[str] | None:
+        # Asked for when they are needed: of some datasets every item has to be read for them.
+        return self.source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -77,7 +82,11 @@ class Relabelled(Subset):
     def __init__(self, source: Source, classes: list[str]):
         super().__init__(source, range(len(source)))
         self._places = [classes.index(name) for name in source.classes]
-        self.classes = classes
+        self._classes = classes
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
 
     def label(self, index: int) -> int | None:
         label = self.source.label(index)
@@ -113,6 +122,8 @@ def require_labels(source: Source) -> None:
 
 
 def _why(source: Source) -> str:
+    if not hasattr(source, "names"):  # only in a tree do folders tell the class
+        return ""
     loose = next((key for key in map(source.key, range(len(source))) if "/" not in key), None)
     if loose is None:
         return ""

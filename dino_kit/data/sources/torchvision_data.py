@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,15 @@ class TorchvisionData:
             raise UserError(
                 f"{self.root} cannot be read from {self.folder}: {reason}{how}."
             ) from error
-        return DatasetSource(dataset, f"{self.root}{f':{part}' if part else ''}")
+        root = f"{self.root}{f':{part}' if part else ''}"
+        return DatasetSource(dataset, root, _known_labels(dataset))
+
+
+def _known_labels(dataset: Any) -> Sequence[int] | None:
+    """The labels of those datasets that show them only beside a decoded image; else None."""
+    if hasattr(dataset, "_samples"):
+        return [label for _, label in dataset._samples]
+    return getattr(dataset, "_labels", None)
 
 
 def _default_folder() -> str:

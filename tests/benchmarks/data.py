@@ -1,0 +1,173 @@
+"""How fast crops are made of encoded photographs, against the reference's own way of making them.
+
+    python tests/benchmarks/data.py --data_path FOLDER
+
+The reference's way is what its ``main_dino.py`` does with torchvision's transforms on Pillow images,
+two crops of 224 and eight of 96 pixels. All ways take the same images in turn, in one process, on one
+core; the figure is the middle of the rounds, in seconds of the core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+
+from dino_kit.config import fields
+from dino_kit.config.train import TrainConfig
+from dino_kit.data.decode import decode, decode_raster
+from dino_kit.data.loader import Loader
+from dino_kit.data.sources.opening import open_training_source
+from dino_kit.preparation import view_groups
+
+
+class Blur:
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if random.random() > self.probability:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class Solarize:
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image) if random.random() < 0.2 else image
+
+
+def reference() -> Callable[[bytes], list[torch.Tensor]]:
+    """Source: Caron et al. 2021, appendix A; one crop after the other, through to normalised floats."""
+
+    def crop(size: int, scale: tuple[float, float], *more: Callable) -> transforms.Compose:
+        bicubic = transforms.InterpolationMode.BICUBIC
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([jitter], p=0.8),
+                transforms.RandomGrayscale(0.2),
+                *more,
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    crops = [
+        crop(224, (0.4, 1.0), Blur(1.0)),
+        crop(224, (0.4, 1.0), Blur(0.1), Solarize()),
+        *[crop(96, (0.05, 0.4), Blur(0.5))] * 8,
+    ]
+
+    def make(data: bytes) -> list[torch.Tensor]:
+        with Image.open(io.BytesIO(data)) as image:
+            image = image.convert("RGB")
+        return [crop(image) for crop in crops]
+
+    return make
+
+
+class Held:
+    """Encoded images that are in memory."""
+
+    classes, root = None, "memory"
+
+    def __init__(self, data: list[bytes]):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> bytes:
+        return self.data[index]
+
+    def label(self, index: int) -> None:
+        return None
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    name = key
+
+
+def ours(data: list[bytes], decoder: Callable, **changes) -> Callable[[], None]:
+    """One epoch over the images in batches of eight, uint8 as it goes to the device."""
+    values = {"data_path": "-", "output_dir": "-", **changes}
+    config = fields.from_plain(TrainConfig, values)
+    batch = min(8, len(data))
+    loader = Loader(
+        Held(data), view_groups(config), seed=0, epochs=1, total_batch_size=batch,
+        batch_size_per_gpu=batch, decode=decoder, drop_last=False,
+    )  # fmt: skip
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    return epoch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data_path", required=True, help="JPEG files, as for dino-kit train")
+    parser.add_argument("--images", type=int, default=100, help="of them, evenly spread")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="a file for the numbers")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    source = open_training_source(flags.data_path)
+    count = min(flags.images, len(source))
+    data = [source.read(place * len(source) // count) for place in range(count)]
+    make = reference()
+    geometry = {"jitter_prob": [0.0] * 3, "gray_prob": [0.0] * 3, "blur_prob": [0.0] * 3,
+                "solarize_prob": [0.0] * 3}  # fmt: skip
+
+    def by_reference() -> None:
+        for one in data:
+            make(one)
+
+    def decoded(decoder: Callable) -> Callable[[], None]:
+        def run() -> None:
+            for one in data:
+                np.asarray(decoder(one, "x"))
+
+        return run
+
+    ways = {
+        "the reference's way": by_reference,
+        "--pixels exact": ours(data, decode),
+        "--pixels fast": ours(data, decode_raster),
+        "--pixels fast, colours and blur left out": ours(data, decode_raster, **geometry),
+        "decoding alone": decoded(decode_raster),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    random.seed(0)
+    torch.manual_seed(0)
+    for number in range(flags.rounds + 1):
+        for name, run in ways.items():
+            began = time.process_time()
+            run()
+            if number:  # the first round warms up
+                seconds[name].append((time.process_time() - began) / count)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    whole = middle["the reference's way"]
+    print(f"{count} images of {sum(map(len, data)) / count / 1000:.0f} kB, {flags.rounds} rounds")
+    for name, value in middle.items():
+        print(f"{name:42} {1000 * value:6.2f} ms an image  {whole / value:5.2f} ×")
+    if flags.json:
+        with open(flags.json, "w", encoding="utf-8") as file:
+            json.dump({"seconds_an_image": seconds, "ratio": {n: whole / v for n, v in middle.items()}}, file)
+
+
+if __name__ == "__main__":
+    main()
