@@ -106,6 +106,26 @@ def test_data_counts_more_than_an_epoch_and_passes_over_what_is_broken(folder):
     assert told["images"] > 13
 
 
+@pytest.mark.parametrize(("pixels", "used"), [("fast", "decode_raster"), ("exact", "decode")])
+def test_what_is_timed_reads_images_as_the_run_does(folder, monkeypatch, pixels, used):
+    from dino_kit import assemble
+
+    calls = {"decode": 0, "decode_raster": 0}
+    for name in calls:
+        def counted(*arguments, name=name, real=getattr(assemble, name)):
+            calls[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(assemble, name, counted)
+    alone = ["--num_workers", "0", "--seconds", "0.01", "--pixels", pixels]
+    told = bench("data", folder, *CROPS, *alone)
+    # The first image once by itself, and all once in the loader and once stage by stage.
+    assert calls.pop(used) == 2 * (1 + told["images"]) and set(calls.values()) == {0}
+    calls |= {"decode": 0, "decode_raster": 0}
+    bench("fit", *TINY, "--data_path", folder, "--pixels", pixels)
+    assert calls.pop(used) > 3 and set(calls.values()) == {0}
+
+
 def test_stages_never_add_up_to_more_than_the_whole():
     phases = data._within({"read": 1.0, "decode": 5.0, "global_resize": -1.0}, 3.0, 2)
     assert phases == pytest.approx(

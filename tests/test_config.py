@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_kit.config import architectures, fields, recipe
-from dino_kit.config.check import CheckConfig
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
 from dino_kit.config.crops import Crops
 from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
