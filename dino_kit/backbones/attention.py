@@ -20,7 +20,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     products of batches of matrices; those are taken of a few images at a time.
     """
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if slow and q.shape[2] * k.shape[2] <= _LARGEST_MAP:
+    # The loop over images is not for a compiler.
+    if slow and not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] <= _LARGEST_MAP:
         return _InProducts.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -5,7 +5,9 @@ Legend: B batch, C channels, H and W pixels, N patches, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_kit.errors import UserError
 
@@ -32,6 +34,17 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Tensor:
+    """``block(*arguments)``, or the same keeping nothing but the arguments for the backward pass.
+
+    That computes the block a second time, and a network then holds the activations of one block.
+    """
+    if not (checkpoint_activations and torch.is_grad_enabled()):
+        return block(*arguments)
+    # Blocks draw no random numbers, so there is no generator whose state must be brought back.
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_linear_layers(network: nn.Module) -> None:

@@ -21,6 +21,7 @@ from dino_kit.backbones.layers import (
     check_sizes,
     init_linear_layers,
     patch_grid,
+    run_block,
 )
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
 from dino_kit.errors import UserError
@@ -48,6 +49,7 @@ class VisionTransformer(nn.Module):
     """
 
     num_prefix_tokens = 1
+    checkpoint_activations = False  # see run_block
 
     def __init__(
         self,
@@ -105,8 +107,10 @@ class VisionTransformer(nn.Module):
         kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
         for index, block in enumerate(self.blocks):
             branches = slice(2 * index, 2 * index + 2)
-            run = block if index < self.depth - 1 else block.class_token
-            x = run(x, kept[branches], self.drop_path_rates[branches])
+            # The class token is all that the last block owes.
+            queries = 1 if index == self.depth - 1 else None
+            rates = self.drop_path_rates[branches]
+            x = run_block(block, self.checkpoint_activations, x, kept[branches], rates, queries)
         return self.norm(x[:, 0])
 
     def forward_features(self, images: Tensor) -> Features:
@@ -168,22 +172,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor, kept=(None, None), rates=(0.0, 0.0)) -> Tensor:
-        """``(B, T, D)`` to the same; ``kept`` and ``rates`` of its two branches as add_branch's."""
-        x = add_branch(x, lambda y: self.attn(self.norm1(y)), kept[0], rates[0])
-        return add_branch(x, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
+    def forward(
+        self, x: Tensor, kept=(None, None), rates=(0.0, 0.0), queries: int | None = None
+    ) -> Tensor:
+        """``(B, T, D)`` to the same, or to that of the first ``queries`` tokens alone.
 
-    def class_token(self, x: Tensor, kept=(None, None), rates=(0.0, 0.0)) -> Tensor:
-        """The first token of what ``forward`` gives, ``(B, 1, D)``: all that the last block owes.
-
-        Of the other tokens it needs keys and values only.
+        ``kept`` and ``rates`` of its two branches as add_branch's. Of tokens that are not asked
+        for, keys and values are all that is computed.
         """
 
         def attended(y: Tensor) -> Tensor:
-            return self.attn(self.norm1(y), queries=1)
+            return self.attn(self.norm1(y), queries)
 
-        cls = add_branch(x[:, :1], attended, kept[0], rates[0], sees=x)
-        return add_branch(cls, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
+        x = add_branch(x[:, :queries], attended, kept[0], rates[0], sees=x)
+        return add_branch(x, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
 
 
 class Attention(nn.Module):
