@@ -128,6 +128,32 @@ def test_training_stores_no_attention_map(half):
     assert shapes and not [shape for shape in shapes if shape[-2:] == (tokens, tokens)]
 
 
+def test_training_stores_the_hidden_layer_once():
+    network, stored = tiny(depth=1), set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: stored.add((t.data_ptr(), t.numel())) or t, lambda t: t
+    ):
+        network.blocks[0].mlp(torch.randn(5, 7, 24, requires_grad=True))
+    assert [size for _, size in stored].count(5 * 7 * 96) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mlp_is_two_linear_layers_around_a_gelu(dtype):
+    mlp = tiny().blocks[0].mlp
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    results = []
+    for forward in (mlp, lambda x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))):
+        mlp.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = forward(x)
+        y.float().square().mean().backward()
+        results.append([y, x.grad.clone(), *(p.grad.clone() for p in mlp.parameters())])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+
+
 @torch.no_grad()
 def test_last_selfattention_is_that_of_the_last_block_alone():
     network = tiny()
