@@ -39,6 +39,7 @@ from dino_kit.proposal.fit import Speed
 from dino_kit.resume import find_checkpoint
 from dino_kit.student_teacher import build_student_teacher
 from dino_kit.training import engine, optim
+from dino_kit.training.compiling import compile_blocks
 from dino_kit.training.diagnosis import Diagnosis
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
@@ -258,6 +259,10 @@ def build_learner(
     if distributed.world_size() > 1:
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     student, teacher = student.to(device), teacher.to(device)
+    student.backbone.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for network in (student, teacher):
+            compile_blocks(network.backbone, device)
     plan = plan_epochs(
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,

@@ -22,6 +22,7 @@ from tiny_run import TINY
 import dino_kit
 from dino_kit import cli, files
 from dino_kit.assemble import assemble, view_groups
+from dino_kit.backbones import layers
 from dino_kit.config import recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
@@ -296,6 +297,21 @@ def test_a_finished_run_keeps_its_recipe(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "moved")
     assert train(tmp_path / "moved", tmp_path / "out", "--epochs", 1) == 0
     assert (tmp_path / "out/config.yaml").read_bytes() == before
+
+
+def test_a_run_goes_on_with_its_blocks_computed_twice(pictures, tmp_path, monkeypatch):
+    seen = []
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 3)
+        train(pictures, tmp_path / "parts")
+    forward = layers.checkpoint
+    monkeypatch.setattr(layers, "checkpoint", lambda *a, **k: seen.append(1) or forward(*a, **k))
+    assert train(pictures, tmp_path / "parts", "--checkpoint_activations", "true") == 0
+    assert train(pictures, tmp_path / "whole") == 0
+    assert seen
+    whole, parts = (result(tmp_path / name)["student"] for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--use_fp16", "false"], ["--precision", "fp32"]])

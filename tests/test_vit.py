@@ -113,15 +113,45 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(network(images), network(images))
 
 
-def test_training_stores_no_attention_map():
+@pytest.mark.parametrize("half", [False, True])
+def test_training_stores_no_attention_map(half):
     network = tiny()
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+        ),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
     ):
         network(torch.randn(2, 3, 16, 16))
     tokens = 1 + 4 * 4
     assert shapes and not [shape for shape in shapes if shape[-2:] == (tokens, tokens)]
+
+
+def test_training_stores_the_hidden_layer_once():
+    network, stored = tiny(depth=1), set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: stored.add((t.data_ptr(), t.numel())) or t, lambda t: t
+    ):
+        network.blocks[0].mlp(torch.randn(5, 7, 24, requires_grad=True))
+    assert [size for _, size in stored].count(5 * 7 * 96) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mlp_is_two_linear_layers_around_a_gelu(dtype):
+    mlp = tiny().blocks[0].mlp
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    results = []
+    for forward in (mlp, lambda x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))):
+        mlp.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = forward(x)
+        y.float().square().mean().backward()
+        results.append([y, x.grad.clone(), *(p.grad.clone() for p in mlp.parameters())])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
 
 
 @torch.no_grad()
@@ -203,6 +233,28 @@ def test_skipping_dropped_samples_equals_masking_them():
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(results[0][0], network(images), atol=1e-3)
+
+
+def test_the_last_block_is_computed_for_the_class_token_alone():
+    network, seen = tiny(), []
+    for block in network.blocks:
+        block.attn.proj.register_forward_hook(lambda m, inputs, y: seen.append(y.shape[1]))
+        block.mlp.register_forward_hook(lambda m, inputs, y: seen.append(y.shape[1]))
+    network(torch.randn(2, 3, 16, 16))
+    assert seen == [17, 17, 17, 17, 1, 1]
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_gradients(qkv_bias):
+    network, images = tiny(qkv_bias=qkv_bias), torch.randn(3, 3, 16, 16)
+    results = []
+    for forward in (network, lambda x: network.forward_features(x).pooled):
+        network.zero_grad()
+        y = forward(images)
+        y.square().mean().backward()
+        results.append([y, *(p.grad.clone() for p in network.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropped_samples_are_not_computed():

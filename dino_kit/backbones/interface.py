@@ -27,6 +27,8 @@ class Backbone(Protocol):
     num_prefix_tokens: int
     # The probability with which each residual branch is dropped, L numbers in order of execution.
     drop_path_rates: tuple[float, ...]
+    # Whether blocks are computed again in the backward pass in place of keeping what they computed.
+    checkpoint_activations: bool
 
     def __call__(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """``(B, D)``. ``keep`` (L, B), bool, on the host: the branches that each sample keeps."""

@@ -5,7 +5,10 @@ Legend: B batch, C channels, H and W pixels, N patches, D width.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_kit.errors import UserError
 
@@ -31,7 +34,40 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        x = self.fc1(x)
+        if not x.requires_grad:
+            return self.fc2(self.act(x))
+        return _GeluLinear.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """``linear(gelu(x))`` that keeps ``x`` alone: GELU is little work, and its result is large.
+
+    Autograd would keep both, and the second is a quarter of all that a block keeps.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        inner = torch.ops.aten.gelu_backward(gradient @ weight, x)
+        return inner, rows.mT @ F.gelu(x).flatten(0, -2), rows.sum(dim=0)
+
+
+def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Tensor:
+    """``block(*arguments)``, or the same keeping nothing but the arguments for the backward pass.
+
+    That computes the block a second time, and a network then holds the activations of one block.
+    """
+    if not (checkpoint_activations and torch.is_grad_enabled()):
+        return block(*arguments)
+    # Blocks draw no random numbers, so there is no generator whose state must be brought back.
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_linear_layers(network: nn.Module) -> None:

@@ -23,6 +23,7 @@ from dino_kit.backbones.layers import (
     check_sizes,
     init_linear_layers,
     patch_grid,
+    run_block,
 )
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows
 from dino_kit.config.architectures import MLP_GRID, MLP_GRIDS
@@ -51,6 +52,7 @@ class ResMLP(nn.Module):
     """
 
     num_prefix_tokens = 0
+    checkpoint_activations = False  # see run_block
 
     def __init__(
         self,
@@ -101,7 +103,8 @@ class ResMLP(nn.Module):
         kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
         for index, block in enumerate(self.blocks):
             branches = slice(2 * index, 2 * index + 2)
-            x = block(x, grid, kept[branches], self.drop_path_rates[branches])
+            rates = self.drop_path_rates[branches]
+            x = run_block(block, self.checkpoint_activations, x, grid, kept[branches], rates)
         return self.norm(x).mean(dim=1)
 
     def forward_features(self, images: Tensor) -> Features:

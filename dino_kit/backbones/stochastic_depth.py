@@ -54,18 +54,23 @@ def kept_rows(keep: Tensor, device: torch.device) -> list[Tensor]:
 
 
 def add_branch(
-    x: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor | None, rate: float
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    kept: Tensor | None,
+    rate: float,
+    sees: Tensor | None = None,
 ) -> Tensor:
     """``x + branch(x)``, or where ``kept`` says so, only on those rows and scaled by ``1/(1-rate)``.
 
-    ``x`` (B, …); ``kept`` (b,) distinct row indices, None for no stochastic depth. A branch that
-    no row keeps still runs, on no rows: its weights then get a gradient of zero, not none, and so
-    decay like those of any other step.
+    ``x`` (B, …); ``kept`` (b,) distinct row indices, None for no stochastic depth; ``sees`` (B, …)
+    what the branch is given in place of ``x``. A branch that no row keeps still runs, on no rows:
+    its weights then get a gradient of zero, not none, and so decay like those of any other step.
     """
+    sees = x if sees is None else sees
     if kept is None:
-        return x + branch(x)
+        return x + branch(sees)
     scale = 1.0 / (1.0 - rate)
     if len(kept) == len(x):
-        return torch.add(x, branch(x), alpha=scale)
-    update = branch(x.index_select(0, kept))
+        return torch.add(x, branch(sees), alpha=scale)
+    update = branch(sees.index_select(0, kept))
     return x.index_add(0, kept, update.to(x.dtype), alpha=scale)

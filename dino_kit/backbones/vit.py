@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_kit.backbones.attention import attention
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import (
     Mlp,
@@ -20,6 +21,7 @@ from dino_kit.backbones.layers import (
     check_sizes,
     init_linear_layers,
     patch_grid,
+    run_block,
 )
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
 from dino_kit.errors import UserError
@@ -47,6 +49,7 @@ class VisionTransformer(nn.Module):
     """
 
     num_prefix_tokens = 1
+    checkpoint_activations = False  # see run_block
 
     def __init__(
         self,
@@ -104,7 +107,10 @@ class VisionTransformer(nn.Module):
         kept = [None] * (2 * self.depth) if keep is None else kept_rows(keep, x.device)
         for index, block in enumerate(self.blocks):
             branches = slice(2 * index, 2 * index + 2)
-            x = block(x, kept[branches], self.drop_path_rates[branches])
+            # The class token is all that the last block owes.
+            queries = 1 if index == self.depth - 1 else None
+            rates = self.drop_path_rates[branches]
+            x = run_block(block, self.checkpoint_activations, x, kept[branches], rates, queries)
         return self.norm(x[:, 0])
 
     def forward_features(self, images: Tensor) -> Features:
@@ -166,9 +172,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor, kept=(None, None), rates=(0.0, 0.0)) -> Tensor:
-        """``(B, T, D)`` to the same; ``kept`` and ``rates`` of its two branches as add_branch's."""
-        x = add_branch(x, lambda y: self.attn(self.norm1(y)), kept[0], rates[0])
+    def forward(
+        self, x: Tensor, kept=(None, None), rates=(0.0, 0.0), queries: int | None = None
+    ) -> Tensor:
+        """``(B, T, D)`` to the same, or to that of the first ``queries`` tokens alone.
+
+        ``kept`` and ``rates`` of its two branches as add_branch's. Of tokens that are not asked
+        for, keys and values are all that is computed.
+        """
+
+        def attended(y: Tensor) -> Tensor:
+            return self.attn(self.norm1(y), queries)
+
+        x = add_branch(x[:, :queries], attended, kept[0], rates[0], sees=x)
         return add_branch(x, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
 
 
@@ -181,17 +197,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._heads(self.qkv(x), 3)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, d)
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """``(B, T, D)`` to the same, or to that of the first ``queries`` tokens alone."""
+        if queries is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            (q,), (k, v) = self._part(x[:, :queries], 0, 1), self._part(x, 1, 3)
+        x = attention(q, k, v)  # (B, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def attention(self, x: Tensor) -> Tensor:
         """The maps ``(B, h, T, T)`` that ``forward`` uses for these tokens; rows sum to 1."""
-        dim = x.shape[-1]
-        bias = None if self.qkv.bias is None else self.qkv.bias[: 2 * dim]
-        q, k = self._heads(F.linear(x, self.qkv.weight[: 2 * dim], bias), 2)
+        q, k = self._part(x, 0, 2)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _part(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
+        """Of queries, keys and values those from ``first`` to before ``end``, by head."""
+        rows = slice(first * x.shape[-1], end * x.shape[-1])
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return self._heads(F.linear(x, self.qkv.weight[rows], bias), end - first)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``(B, T, parts * D)`` to ``parts`` tensors ``(B, h, T, d)``."""

@@ -21,6 +21,8 @@ SAME_THING = {"use_fp16": "precision", "precision": "use_fp16"}
 RESUMABLE = frozenset(
     {
         "batch_size_per_gpu",  # the total batch is compared instead
+        "checkpoint_activations",
+        "compile",
         "data_path",
         "device",
         "download",
@@ -209,6 +211,16 @@ class Optimisation:
     )
     use_fp16: bool | None = option(
         None, "The older flag: true is --precision fp16, false is --precision fp32."
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "Compute each block of the backbone a second time in the backward pass in place of keeping "
+        "what it computed: less memory, and more time.",
+    )
+    compile: bool = option(
+        False,
+        "Compile attention and MLP of the backbone's blocks by torch.compile, which takes a minute or more at the "
+        "start and a C++ compiler (on a GPU, Triton).",
     )
     max_bad_steps: int = option(
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1

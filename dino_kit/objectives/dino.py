@@ -13,12 +13,15 @@ Legend: B images, V crops of each (the first 2 are the teacher's), K prototypes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dino_kit import distributed
+
+_IN_CACHE = 1 << 18  # numbers of float32 that a core's cache holds several times: 1 MB
 
 
 class DinoLoss(NamedTuple):
@@ -73,11 +76,11 @@ def cross_view_loss(student_logits: Tensor, targets: Tensor, student_temp: float
 
 
 class _CrossViewLoss(torch.autograd.Function):
-    """Crop by crop, keeping of each only its logsumexp.
+    """A few rows of one crop at a time, keeping nothing but the arguments.
 
-    As a target q sums to 1, its cross-entropy with scaled logits s is ``logsumexp(s) - q·s``, and
-    the terms of one crop add up to ``n · logsumexp(s) - (sum of q)·s`` over the n teacher crops
-    that are not the crop itself. Nothing of size (V, B, K) is stored between the passes but the
+    The terms of one crop add up to ``-(sum of targets)·log_softmax(s)`` over the n teacher crops
+    that are not the crop itself, with gradient ``n · softmax(s) - (sum of targets)`` for the scaled
+    logits s, as a target sums to 1. Nothing of size (V, B, K) is stored between the passes but the
     logits themselves; the gradient is written once.
     """
 
@@ -85,27 +88,34 @@ class _CrossViewLoss(torch.autograd.Function):
     def forward(ctx, student_logits: Tensor, targets: Tensor, student_temp: float) -> Tensor:
         both = targets.sum(dim=0)  # (B, K)
         total = torch.zeros((), dtype=torch.float32, device=student_logits.device)
-        normalizers = []
         for crop, logits in enumerate(student_logits):
-            weights, terms = _teachers(crop, targets, both)
-            s = logits.float() / student_temp  # (B, K)
-            normalizers.append(s.logsumexp(dim=-1))  # (B,)
-            total += (terms * normalizers[-1] - s.mul_(weights).sum(dim=-1)).sum()
-        ctx.save_for_backward(student_logits, targets, torch.stack(normalizers))
+            weights, _ = _teachers(crop, targets, both)
+            for part, own in _parts(logits, weights):
+                scores = (part.float() / student_temp).log_softmax(dim=-1)  # (b, K)
+                total -= torch.dot(scores.flatten(), own.flatten())
+        ctx.save_for_backward(student_logits, targets)
         ctx.student_temp = student_temp
         return total / _pairs(student_logits)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        student_logits, targets, normalizers = ctx.saved_tensors
+        student_logits, targets = ctx.saved_tensors
         both = targets.sum(dim=0)  # (B, K)
         scale = grad_loss / (_pairs(student_logits) * ctx.student_temp)
         gradient = torch.empty_like(student_logits)
         for crop, logits in enumerate(student_logits):
             weights, terms = _teachers(crop, targets, both)
-            p = (logits.float() / ctx.student_temp).sub_(normalizers[crop].unsqueeze(-1)).exp_()
-            gradient[crop] = p.mul_(terms).sub_(weights).mul_(scale)
+            for part, own, result in _parts(logits, weights, gradient[crop]):
+                p = (part.float() / ctx.student_temp).softmax(dim=-1)
+                result.copy_(p.mul_(terms).sub_(own).mul_(scale))
         return gradient, None, None
+
+
+def _parts(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few of the rows (B, K) of each: on a CPU as many as its cache may hold."""
+    images, prototypes = rows[0].shape
+    size = max(1, _IN_CACHE // prototypes) if rows[0].device.type == "cpu" else images
+    return zip(*(tensor.split(size) for tensor in rows), strict=True)
 
 
 def _teachers(crop: int, targets: Tensor, both: Tensor) -> tuple[Tensor, int]:

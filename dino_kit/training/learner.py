@@ -120,7 +120,7 @@ class Learner:
         """Targets (2, B, K) for each micro-batch, and the state to commit if the step holds."""
         with self._autocast():
             features = [self.teacher.embed(batch.groups[:1]) for batch in batches]
-            logits = [self.teacher.project(part).float() for part in features]
+            logits = [self.teacher.project(part) for part in features]
         targets, candidate = self.centering.targets(torch.cat(logits, dim=1), temperature)
         if watch:
             watch.saw_teacher(targets, torch.cat(features, dim=1))
@@ -141,7 +141,7 @@ class Learner:
             with self._gradients_stay_local(unless=last):
                 with self._autocast():
                     logits = self.parallel_student(batch.groups, self._keep(step, batch))
-                loss = cross_view_loss(logits.float(), target, self.student_temp)
+                loss = cross_view_loss(logits, target, self.student_temp)
                 loss = loss * (len(batch.places) / images)
                 (loss * self.loss_scale.scale if self.loss_scale else loss).backward()
             total += loss.detach()
