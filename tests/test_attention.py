@@ -102,13 +102,13 @@ def picture(rows: int, columns: int) -> torch.Tensor:
 
 
 def full_maps(backbone, image: torch.Tensor) -> torch.Tensor:
-    """(heads, T, T), from the queries and keys that the last block computes in a forward pass."""
+    """(heads, T, T), from the queries and keys that the last block computes of all tokens."""
     seen = []
     hook = backbone.blocks[-1].attn.qkv.register_forward_hook(
         lambda module, inputs, output: seen.append(output[0])
     )
     with torch.no_grad():
-        backbone(image[None])
+        backbone.get_intermediate_layers(image[None])  # of all tokens
     hook.remove()
     (qkv,) = seen  # (T, 3 D)
     heads = backbone.num_heads

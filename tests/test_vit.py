@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from dino_kit.backbones import attention
 from dino_kit.backbones.interface import Backbone, Features, HasSelfAttention
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.backbones.vit import VisionTransformer
@@ -316,3 +317,17 @@ def test_branches_are_dropped_at_their_rates():
     assert keep[0].all()
     shares = keep.float().mean((1, 2))
     torch.testing.assert_close(shares, 1 - torch.tensor(RATES), rtol=0, atol=0.01)
+
+
+def test_maps_without_a_gradient_are_made_in_parts_and_are_the_same(monkeypatch):
+    numbers = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 17, 8, generator=numbers) for _ in range(2))
+    expected = (q @ k.mT * 8**-0.5).softmax(dim=-1)
+    for at_once in (1, 2 * 3 * 17 * 5, 1 << 21):
+        monkeypatch.setattr(attention, "_AT_ONCE", at_once)
+        torch.testing.assert_close(attention.attention_maps(q, k), expected, rtol=0, atol=1e-6)
+    learning = q.requires_grad_()
+    maps = attention.attention_maps(learning, k)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(maps.square().sum(), learning)
+    assert gradient.abs().sum() > 0

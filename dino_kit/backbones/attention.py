@@ -26,6 +26,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attention_maps(q: Tensor, k: Tensor) -> Tensor:
+    """``softmax(q kᵀ / √d)``: q (B, h, Q, d) and k (B, h, T, d) to ``(B, h, Q, T)``.
+
+    Where no gradient is asked for, some rows at a time, so that little more than the maps themselves
+    is in memory.
+    """
+    scale = q.shape[-1] ** -0.5
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return (q @ k.mT * scale).softmax(dim=-1)
+    maps = q.new_empty(*q.shape[:3], k.shape[2])
+    rows = max(1, _AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for own, part in zip(maps.split(rows, dim=2), q.split(rows, dim=2), strict=True):
+        own.copy_((part @ k.mT).mul_(scale).softmax(dim=-1))
+    return maps
+
+
 class _InProducts(torch.autograd.Function):
     """Maps of a few images at a time, computed again in the backward pass."""
 

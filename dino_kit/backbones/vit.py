@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kit.backbones.attention import attention
+from dino_kit.backbones.attention import attention, attention_maps
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import (
     Mlp,
@@ -209,7 +209,7 @@ class Attention(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """The maps ``(B, h, T, T)`` that ``forward`` uses for these tokens; rows sum to 1."""
         q, k = self._part(x, 0, 2)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return attention_maps(q, k)
 
     def _part(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
         """Of queries, keys and values those from ``first`` to before ``end``, by head."""
