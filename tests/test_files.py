@@ -255,6 +255,15 @@ except OSError as error:
     assert (tmp_path / "weights.pth").read_bytes() == b"old"
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs ignore an interruption, and Python then has no handler for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_waits_until_the_weights_are_written(tmp_path, monkeypatch):
     def interrupted(content, target):
         signal.raise_signal(signal.SIGINT)
@@ -263,11 +272,10 @@ def test_an_interruption_waits_until_the_weights_are_written(tmp_path, monkeypat
 
     real = torch.save
     monkeypatch.setattr(torch, "save", interrupted)
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         files.write_weights(tmp_path / "weights.pth", {"x": torch.arange(3)})
     assert files.read_weights(tmp_path / "weights.pth")["x"].tolist() == [0, 1, 2]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_weights_are_written_in_a_thread_too(tmp_path):

@@ -77,6 +77,9 @@ def found(tmp_path_factory) -> list[dict]:
     for place in ("x.tar", "shards/0.tar", "shards/1.tar", "halves of shards/train/0.tar",
                   "halves of shards/val/0.tar"):  # fmt: skip
         write_tar(root / place, members)
+    for place in ("folder", "halves"):
+        for folder in (root / place, *(root / place).rglob("*/")):
+            os.utime(folder, (1e9, 1e9))  # a list of what has changed just now is not relied on
     backbone = create_backbone("vit", image_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
     config = {"arch": "vit", "global_crops_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1,
               "num_heads": 2}  # fmt: skip
