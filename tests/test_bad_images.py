@@ -192,7 +192,8 @@ def write_pictures(folder, count: int = 12) -> None:
 
 
 def train(data, out, *flags) -> int:
-    line = ["train", "--data_path", str(data), "--output_dir", str(out), *TINY, *map(str, flags)]
+    line = ["train", "--data_path", str(data), "--output_dir", str(out), *TINY, "--epochs", "3",
+            *map(str, flags)]  # fmt: skip
     return cli.main(line)
 
 
