@@ -18,8 +18,9 @@ from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.crops import View
-from dino_kit.data.decode import decode, decode_raster
+from dino_kit.data.decode import decode
 from dino_kit.data.loader import Batch, Decode, Loader, default_workers
+from dino_kit.data.photograph import open_raster
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
 from dino_kit.data.sources.source import Source, fingerprint
 from dino_kit.errors import UserError
@@ -161,7 +162,7 @@ def decoder(config: Any, views: Sequence[Sequence[View]]) -> Decode:
     """What reads the images of a run: ``config`` is whatever has the settings of crops."""
     # A function of the caller's own gets the image that it was told it would.
     own = any(view.render is not augment.render for group in views for view in group)
-    return decode if own or config.pixels == "exact" else decode_raster
+    return decode if own or config.pixels == "exact" else open_raster
 
 
 def build_loader(

@@ -106,11 +106,11 @@ def test_data_counts_more_than_an_epoch_and_passes_over_what_is_broken(folder):
     assert told["images"] > 13
 
 
-@pytest.mark.parametrize(("pixels", "used"), [("fast", "decode_raster"), ("exact", "decode")])
+@pytest.mark.parametrize(("pixels", "used"), [("fast", "open_raster"), ("exact", "decode")])
 def test_what_is_timed_reads_images_as_the_run_does(folder, monkeypatch, pixels, used):
     from dino_kit import assemble
 
-    calls = {"decode": 0, "decode_raster": 0}
+    calls = {"decode": 0, "open_raster": 0}
     real = {name: getattr(assemble, name) for name in calls}
     for name in calls:
         def counted(*arguments, name=name):
@@ -122,7 +122,7 @@ def test_what_is_timed_reads_images_as_the_run_does(folder, monkeypatch, pixels,
     told = bench("data", folder, *CROPS, *alone)
     # The first image once by itself, and all once in the loader and once stage by stage.
     assert calls.pop(used) == 2 * (1 + told["images"]) and set(calls.values()) == {0}
-    calls |= {"decode": 0, "decode_raster": 0}
+    calls |= {"decode": 0, "open_raster": 0}
     bench("fit", *TINY, "--data_path", folder, "--pixels", pixels)
     assert calls.pop(used) > 3 and set(calls.values()) == {0}
 

@@ -23,6 +23,7 @@ from dino_kit.data.augment import CropParameters, render
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode, decode_raster
 from dino_kit.data.loader import Loader
+from dino_kit.data.photograph import open_raster
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.raster import Raster
 from dino_kit.errors import BadImage
@@ -311,6 +312,6 @@ def own(image, parameters):
 
 
 def test_a_run_is_fast_unless_it_is_to_be_exact_or_renders_itself():
-    assert loader_of().decode is decode_raster
+    assert loader_of().decode is open_raster
     assert loader_of("pixels", "exact").decode is decode
     assert loader_of(views=[[View(8, (0.4, 1.0), render=own)] * 2]).decode is decode

@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from dino_kit.bench.machine import Peak
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.loader import Batch, Decode, Loader
+from dino_kit.data.photograph import for_crops
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
 from dino_kit.randomness import stream
@@ -136,14 +138,19 @@ def _stages_of(
         name, data = source.name(index), source.read(index)
         began = time.perf_counter()
         image = decode(data, name, pixels)
-        _add(taken, {"decode": time.perf_counter() - began})
+        opened = time.perf_counter()
         rng = stream("crop", seed, 0, index)
+        crops = [
+            [sample_crop(view, image.height, image.width, rng, name) for view in views]
+            for views in groups
+        ]
+        known = time.perf_counter()
+        image = for_crops(image, chain.from_iterable(crops))
+        decoded = time.perf_counter()
+        _add(taken, {"decode": opened - began + decoded - known, "parameters": known - opened})
         turn = 0
-        for group, views in zip(_GROUPS, groups, strict=False):
-            for view in views:
-                began = time.perf_counter()
-                drawn = sample_crop(view, image.height, image.width, rng, name)
-                _add(taken, {"parameters": time.perf_counter() - began})
+        for group, views, parameters_of in zip(_GROUPS, groups, crops, strict=False):
+            for view, drawn in zip(views, parameters_of, strict=True):
                 both = [("alone", replace(drawn, **_ALONE)), ("full", drawn)]
                 times = {}
                 # In turn, since the first to touch a part of the image waits for its memory.

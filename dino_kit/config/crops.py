@@ -44,7 +44,8 @@ class Crops:
     pixels: Literal["fast", "exact"] = option(
         "fast",
         "How crops of RGB images are made: exact is Pillow, as in the reference; fast is equal to it "
-        "up to rounding.",
+        "up to rounding, and decodes large photographs at a smaller scale where all crops of one "
+        "shrink at least twofold after that.",
     )
     flip_prob: tuple[float, float, float] = option(
         (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1

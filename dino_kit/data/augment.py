@@ -1,7 +1,8 @@
 """A crop as pixels: Pillow does what the parameters say, as torchvision's Pillow path does it.
 
-:class:`~dino_kit.data.raster.Raster` does the same several times faster and equal up to rounding, and
-of an image that is no RGB image :class:`~dino_kit.data.bands.Bands`.
+:class:`~dino_kit.data.raster.Raster` does the same several times faster and equal up to rounding,
+:class:`~dino_kit.data.raster.Reduced` of a large photograph decoded at a smaller scale, and of an
+image that is no RGB image :class:`~dino_kit.data.bands.Bands`.
 
 Legend: S pixels of a side, C channels.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dino_kit.data.bands import Bands
-from dino_kit.data.raster import Raster
+from dino_kit.data.raster import Raster, Reduced
 from dino_kit.errors import BadImage
 
 
@@ -36,7 +37,7 @@ class CropParameters:
 
 
 def render(
-    image: Image.Image | Raster | Bands,
+    image: Image.Image | Raster | Reduced | Bands,
     parameters: CropParameters,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
@@ -64,7 +65,7 @@ def render(
 
 
 def resized_crop(
-    image: Image.Image | Raster | Bands,
+    image: Image.Image | Raster | Reduced | Bands,
     box: tuple[int, int, int, int],
     size: int,
     resample: Image.Resampling = Image.Resampling.BICUBIC,

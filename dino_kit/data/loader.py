@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
+from dino_kit.data.photograph import for_crops
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.source import Source
 from dino_kit.errors import BadImage, UserError
@@ -69,7 +71,7 @@ class Loader:
             ``replace`` draws another, from which the crops are made that the bad one would have
             had, as a function of seed, epoch and image; ``leave_out`` makes the batch smaller.
         decode: what reads an image: :func:`~dino_kit.data.decode.decode`, or for the same crops up to
-            rounding and several times faster :func:`~dino_kit.data.decode.decode_raster`.
+            rounding and several times faster :func:`~dino_kit.data.photograph.open_raster`.
 
     Raises:
         UserError: the batch cannot be split evenly, or is larger than the source; while iterating,
@@ -266,11 +268,12 @@ class _Crops(Dataset):
         name = self.source.name(index)
         image = self.decode(self.source.read(index), name, self.pixels)
         rng = stream("crop", self.seed, pick.epoch, pick.index)
-        # All of them before the first is made: the two are each faster by themselves.
+        # All of them before the first is made: they say how far the image has to be decoded.
         drawn = [
             [sample_crop(view, image.height, image.width, rng, name) for view in views]
             for views in self.groups
         ]
+        image = for_crops(image, chain.from_iterable(drawn))
         for number, views in enumerate(self.groups):
             for row, view in enumerate(views):
                 pixels = _channels_last(view.render(image, drawn[number][row]))  # (S, S, C)
