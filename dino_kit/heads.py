@@ -6,12 +6,15 @@ Legend: B rows (an image's view each), D width of the backbone, K prototypes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_kit.errors import UserError
+
+_IN_CACHE = 1 << 18  # weights that a core's cache holds several times: 1 MB
 
 
 class DINOHead(nn.Module):
@@ -85,9 +88,64 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def weight(self) -> Tensor:
-        """The normed rows ``(out_features, in_features)``, in the parameters' own precision."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+        """``(B, in_features)`` to ``(B, out_features)``."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, dtype)
+
+
+class _WeightNormProduct(torch.autograd.Function):
+    """``x wᵀ`` in ``dtype``, w = g v / ‖v‖ row by row in the parameters' own precision.
+
+    A few prototypes at a time, so that their normed rows, and the gradient by them, which are as
+    large as the weights, are made and used in the cache and never stored. With u = v / ‖v‖ the
+    gradient G by w becomes u·G by g, and (G - u (u·G)) g / ‖v‖ by v (Salimans and Kingma 2016,
+    equation 3).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, v, g)
+        ctx.dtype = dtype
+        x = x.to(dtype)
+        logits = x.new_empty(len(x), len(v))
+        for own, rows, scale in _prototypes(logits, v, g):
+            weight = rows * (scale / rows.norm(dim=1, keepdim=True))
+            torch.mm(x, weight.to(dtype).mT, out=own)
+        return logits
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, g = ctx.saved_tensors
+        of_x, of_v, of_g, _ = ctx.needs_input_grad
+        low = x.to(ctx.dtype)
+        by_x = torch.zeros_like(x) if of_x else None
+        by_v = torch.empty_like(v) if of_v else None
+        by_g = torch.empty_like(g) if of_g else None
+        places = iter(range(0, len(v), _at_once(v)))
+        for own, rows, scale in _prototypes(gradient, v, g):
+            part = slice(first := next(places), first + len(rows))
+            norms = rows.norm(dim=1, keepdim=True)
+            units = rows / norms
+            if of_x:
+                by_x += own @ (units * scale).to(ctx.dtype)
+            if not (of_v or of_g):
+                continue
+            by_w = (own.mT @ low).to(v.dtype)
+            along = torch.linalg.vecdot(by_w, units).unsqueeze(1)
+            if of_v:
+                torch.mul(by_w.addcmul_(units, along, value=-1), scale / norms, out=by_v[part])
+            if of_g:
+                by_g[part] = along
+        return by_x, by_v, by_g, None
+
+
+def _prototypes(logits: Tensor, v: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A few prototypes at a time: their columns of ``logits``, their rows of ``v`` and of ``g``."""
+    size = _at_once(v)
+    return zip(logits.split(size, dim=1), v.split(size), g.split(size), strict=True)
+
+
+def _at_once(v: Tensor) -> int:
+    return max(1, _IN_CACHE // v.shape[1]) if v.device.type == "cpu" else len(v)

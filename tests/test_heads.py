@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dino_kit import heads
 from dino_kit.errors import UserError
 from dino_kit.heads import DINOHead
 
@@ -60,7 +61,8 @@ def test_initial_weights():
     assert v.abs().max().item() == pytest.approx(0.1, rel=0.01)  # uniform, ± 1/sqrt(in_features)
     assert v.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
     assert head.last_layer.weight_g.eq(1).all()
-    norms = head.last_layer.weight().norm(dim=1)
+    with torch.no_grad():
+        norms = head.last_layer(torch.eye(100)).norm(dim=0)
     torch.testing.assert_close(norms, torch.ones(4096), rtol=0, atol=1e-6)
 
 
@@ -94,11 +96,47 @@ def test_norms_are_taken_in_float32_under_autocast(dtype):
     head.last_layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.autocast("cpu", dtype=dtype):
         logits = head(torch.randn(4, 64))
-        weight = head.last_layer.weight()
-    assert logits.dtype == dtype
-    assert weight.dtype == inputs[0].dtype == torch.float32
-    torch.testing.assert_close(weight.norm(dim=1), torch.ones(50), rtol=0, atol=1e-6)
+    assert logits.dtype == dtype and inputs[0].dtype == torch.float32
     torch.testing.assert_close(inputs[0].norm(dim=1), torch.ones(4), rtol=0, atol=1e-6)
+    weight = nn.functional.normalize(head.last_layer.weight_v)
+    # Rounded once: a norm of half precision would be off by more than a product's sum is.
+    exact = inputs[0].to(dtype).double() @ weight.to(dtype).double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 5 * 7, 1 << 18])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_norm_in_parts_is_that_of_pytorch(monkeypatch, at_once, frozen, dtype):
+    monkeypatch.setattr(heads, "_IN_CACHE", at_once)
+    torch.manual_seed(0)
+    layer = heads.WeightNormLinear(7, 33)
+    with torch.no_grad():
+        layer.weight_g.uniform_(0.5, 2.0)
+    layer.weight_g.requires_grad_(not frozen)
+    x, gradient = torch.randn(4, 7, requires_grad=True), torch.randn(4, 33).to(dtype)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        ours = layer(x)
+        weight = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
+        theirs = nn.functional.linear(x, weight)
+    bound = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(ours, theirs, **bound)
+    pairs = zip(*(torch.autograd.grad(y, wanted, gradient) for y in (ours, theirs)), strict=True)
+    for found, expected in pairs:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, **bound)
+
+
+def test_a_frozen_backbone_or_last_layer_asks_for_no_gradient():
+    layer = heads.WeightNormLinear(7, 33)
+    layer(torch.randn(4, 7)).sum().backward()
+    assert layer.weight_v.grad is not None
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(4, 7, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and not layer(torch.randn(4, 7)).requires_grad
 
 
 def test_a_head_without_layers_is_refused():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dino_kit.backbones.products import Linear, linear
 from dino_kit.errors import UserError
 
 
@@ -29,9 +30,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -49,13 +50,13 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return linear(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        inner = torch.ops.aten.gelu_backward(gradient @ weight, x)
+        inner = torch.ops.aten.gelu_backward(linear(gradient, weight.mT), x)
         return inner, rows.mT @ F.gelu(x).flatten(0, -2), rows.sum(dim=0)
 
 

@@ -23,6 +23,7 @@ from dino_kit.backbones.layers import (
     patch_grid,
     run_block,
 )
+from dino_kit.backbones.products import Linear, linear
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
 from dino_kit.errors import UserError
 
@@ -194,8 +195,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """``(B, T, D)`` to the same, or to that of the first ``queries`` tokens alone."""
@@ -215,7 +216,7 @@ class Attention(nn.Module):
         """Of queries, keys and values those from ``first`` to before ``end``, by head."""
         rows = slice(first * x.shape[-1], end * x.shape[-1])
         bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        return self._heads(F.linear(x, self.qkv.weight[rows], bias), end - first)
+        return self._heads(linear(x, self.qkv.weight[rows], bias), end - first)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``(B, T, parts * D)`` to ``parts`` tensors ``(B, h, T, d)``."""
