@@ -17,8 +17,9 @@ from dino_kit.config.evaluate import LinearConfig
 from dino_kit.data.loader import default_workers
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
-from dino_kit.evaluators.head_training import HeadTraining, shared_features
+from dino_kit.evaluators.head_training import HeadTraining
 from dino_kit.evaluators.linear import LinearFeatures
+from dino_kit.evaluators.shares import shared_features
 from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
@@ -188,6 +189,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
         batch_size=config.batch_size_per_gpu,
         num_workers=default_workers() if config.num_workers is None else config.num_workers,
         device=device,
+        description="features (validation)",
     )
     counts = linear.class_counts(labels, len(val.classes), device)
     found = linear.accuracy(saved.head.to(device), rows, places[labels])
