@@ -61,7 +61,7 @@ def _share(
 
 
 def _joined(features: Tensor, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The main process's rows in the order of their places; the peak is one set and a share of it."""
+    """All processes' rows in the order of their places, on the main one; no more is kept there."""
     if distributed.world_size() == 1:
         return features, places
     most = int(distributed.all_reduce_max(torch.tensor(len(places), device=device)))
