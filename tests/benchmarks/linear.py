@@ -82,7 +82,7 @@ def random_features(images: int, dim: int, classes: int) -> list[tuple[Tensor, T
 
 def one_after_the_other(train, test, rates: list[float], batch: int, epochs: int) -> list[float]:
     (features, labels), (queries, truth) = train, test
-    classes, found = int(labels.max()) + 1, []
+    classes, found = int(truth.max()) + 1, []
     for rate in rates:
         layer = nn.Linear(features.shape[1], classes)
         layer.load_state_dict(LinearHead(features.shape[1], classes, _SEED).linear.state_dict())
@@ -102,7 +102,7 @@ def one_after_the_other(train, test, rates: list[float], batch: int, epochs: int
 
 def side_by_side(train, test, rates: list[float], batch: int, epochs: int) -> list[float]:
     (features, labels), (queries, truth) = train, test
-    head = LinearHead(features.shape[1], int(labels.max()) + 1, _SEED)
+    head = LinearHead(features.shape[1], int(truth.max()) + 1, _SEED)
     grid = RateGrid(head, rates, "cpu")
     everything = torch.arange(len(labels))
     grid.fit(features, labels, everything, epochs=epochs, batch_size=batch, seed=_SEED)
