@@ -47,15 +47,9 @@ def extract(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures
     Raises:
         UserError: an image has no label, the sentence names it; or none can be used.
     """
-    features = embed_labelled(backbone, source, **how)
-    require_some(source, len(features.labels), features.left_out)
-    return features
-
-
-def embed_labelled(backbone: nn.Module, source: Source, **how: Any) -> LabelledFeatures:
-    """As :func:`extract`, but for a part of a set, of which no image need be one that can be used."""
     labels = labels_of(source)
     features, kept, left_out = embed(backbone, source, **how)
+    require_some(source, len(kept), left_out)
     return LabelledFeatures(features, labels[kept], left_out)
 
 

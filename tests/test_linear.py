@@ -18,8 +18,8 @@ from dino_kit.data.crops import sample_crop
 from dino_kit.data.sources.folder import FolderSource
 from dino_kit.errors import RunFailed, UserError
 from dino_kit.evaluators import linear
-from dino_kit.evaluators.head_training import shared_features
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step, accuracy, fit
+from dino_kit.evaluators.shares import shared_features
 from dino_kit.randomness import stream
 from dino_kit.weights import EvalTransform
 

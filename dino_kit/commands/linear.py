@@ -17,8 +17,10 @@ from dino_kit.config.evaluate import LinearConfig
 from dino_kit.data.loader import default_workers
 from dino_kit.errors import UserError
 from dino_kit.evaluators import classifier, linear
-from dino_kit.evaluators.head_training import HeadTraining, shared_features
+from dino_kit.evaluators.grid_training import GridTraining
+from dino_kit.evaluators.head_training import HeadTraining
 from dino_kit.evaluators.linear import LinearFeatures
+from dino_kit.evaluators.shares import shared_features
 from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
@@ -30,21 +32,25 @@ def run(config: LinearConfig) -> None:
 
     Raises:
         UserError: checkpoint, data, head and flags do not fit; nothing is written then.
-        RunFailed: the loss is not finite.
+        RunFailed: the loss is not finite, with --fast at no rate.
     """
     files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     loaded = evaluation.load_checkpoint(config)
-    target = evaluation.place(config.output_dir, loaded, "linear")
+    target = evaluation.place(config.output_dir, loaded, "linear_fast" if config.fast else "linear")
+    work = _evaluate if config.evaluate else _train_fast if config.fast else _train
     try:
         distributed.start(device)  # before the images are listed, which one process does
-        (_evaluate if config.evaluate else _train)(config, loaded, target, device)
+        work(config, loaded, target, device)
     finally:
         distributed.stop()
 
 
 def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
-    training = _assemble(config, loaded, target, device)
+    training = HeadTraining(
+        lr=config.lr, val_freq=config.val_freq, log=Path(f"{target}_log.txt"),
+        **_setup(config, loaded, target, device),
+    )  # fmt: skip
     _introduce(training)
     try:
         training.fit()
@@ -59,28 +65,81 @@ def _train(config: LinearConfig, loaded: Loaded, target: Path, device: torch.dev
     if chance is None:  # a layer of an earlier version, which left nothing out
         chance = _chance(labels_of(training.val), labels_of(training.train))
     left_out = training.left_out()
-    files.write_json(Path(f"{target}.json"), _record(config, training, chance, left_out))
+    own = {
+        "results": training.results,
+        "largest_class_percent": chance,
+        "train_images": len(training.train) - left_out["train"],
+        "test_images": len(training.val) - left_out["validation"],
+        "scaled_lr": training.scaled_lr,
+    }
+    files.write_json(Path(f"{target}.json"), own | _record(config, training, own))
     if training.start == training.epochs:
-        log.say(f"{training.path} holds this training already, finished")
+        _say_finished(training)
     _table(
         {
             f"{name}, epoch {training.results[key]['epochs']}": training.results[key]
             for key, name in {"last": "at the end", "best": "at its best"}.items()
         }
     )
+    _conclude(config, own, training, target)
+
+
+def _train_fast(config: LinearConfig, loaded: Loaded, target: Path, device: torch.device) -> None:
+    training = GridTraining(lrs=config.lrs, **_setup(config, loaded, target, device))
+    _introduce_fast(training)
+    training.fit()
+    if not distributed.is_main():
+        return
+    result, best = training.result, training.best_on_test
+    own = {
+        "results": {"fast": result},
+        "rates": training.rates,
+        "best_on_test": best,
+        "largest_class_percent": result["largest_class_percent"],
+        "train_images": result["train_images"],
+        "held_out_images": result["held_out_images"],
+        "test_images": result["images"],
+    }
+    files.write_json(Path(f"{target}.json"), own | _record(config, training, own))
+    if training.finished:
+        _say_finished(training)
+    _table_of_rates(training)
+    lr = result["lr"]
+    _table({f"rate {lr:g}, epoch {result['epochs']}": result})
+    if best["test"]["top1"] > training.chosen["test"]["top1"]:
+        log.say(
+            f"chosen without the test images, of which {best['lr']:g} would have been the best"
+        )
+    edges = {training.lrs[0]: "lowest", training.lrs[-1]: "highest"}
+    if lr in edges and len(edges) > 1:
+        log.notice(
+            f"The chosen rate, {lr:g}, is the {edges[lr]} of --lrs; one beyond may be better."
+        )
+    _conclude(config, own, training, target)
+
+
+def _say_finished(training: HeadTraining | GridTraining) -> None:
+    log.say(f"{training.path} holds this training already, finished")
+
+
+def _conclude(
+    config: LinearConfig, own: dict[str, Any], training: HeadTraining | GridTraining, target: Path
+) -> None:
     log.say(
-        f"{len(training.val) - left_out['validation']:,} images classified; answering always with "
-        f"the largest class gives {chance:.2f} %"
+        f"{own['test_images']:,} images classified; answering always with "
+        f"the largest class gives {own['largest_class_percent']:.2f} %"
     )
     log.say(f"written to {target}.json; the head is {training.path}, and classifies images by")
-    words = ["dino-kit", "linear", config.weights, "--evaluate", "--val_data", "FOLDER"]
+    words = ["dino-kit", "linear", config.weights, "--evaluate", *["--fast"] * config.fast]
+    words += ["--val_data", "FOLDER"]
     words += ["--output_dir", config.output_dir] if config.output_dir else []
     log.say(f"  {shlex.join(words)}")
 
 
-def _assemble(
+def _setup(
     config: LinearConfig, loaded: Loaded, target: Path, device: torch.device
-) -> HeadTraining:
+) -> dict[str, Any]:
+    """What both ways of training take."""
     train, val = evaluation.labelled_sources(config, target)
     _check_number(config, len(train.classes), "the data has")
     if len(train.classes) == 1:
@@ -89,35 +148,29 @@ def _assemble(
             "apart."
         )
     total = config.total_batch_size or config.batch_size_per_gpu * distributed.world_size()
-    return HeadTraining(
-        loaded=loaded,
-        flags=_architecture_flags(config),
-        features=LinearFeatures(
+    return {
+        "loaded": loaded,
+        "flags": _architecture_flags(config),
+        "features": LinearFeatures(
             loaded.backbone, config.n_last_blocks, config.avgpool_patchtokens
         ),
-        transform=evaluation.transform(loaded, config.image_size),
-        train=train,
-        val=val,
-        epochs=config.epochs,
-        lr=config.lr,
-        total_batch_size=total,
-        batch_size_per_gpu=config.batch_size_per_gpu,
-        seed=config.seed,
-        val_freq=config.val_freq,
-        num_workers=default_workers() if config.num_workers is None else config.num_workers,
-        device=device,
-        path=_head_path(target),
-        log=Path(f"{target}_log.txt"),
-        resume=config.resume == "auto",
-    )
+        "transform": evaluation.transform(loaded, config.image_size),
+        "train": train,
+        "val": val,
+        "epochs": config.epochs,
+        "total_batch_size": total,
+        "batch_size_per_gpu": config.batch_size_per_gpu,
+        "seed": config.seed,
+        "num_workers": default_workers() if config.num_workers is None else config.num_workers,
+        "device": device,
+        "path": _head_path(target),
+        "resume": config.resume == "auto",
+    }
 
 
 def _introduce(training: HeadTraining) -> None:
     """Say in three lines what is about to run."""
-    log.say(
-        f"{_described(training.features)}, {len(training.train.classes)} classes, on "
-        f"{training.device}, {distributed.world_size()} process(es)"
-    )
+    _say_of_what(training)
     log.say(
         f"{len(training.train):,} images to train on and {len(training.val):,} to validate; "
         f"{training.loader.steps_per_epoch:,} steps of {training.total_batch_size} an epoch, "
@@ -133,19 +186,36 @@ def _introduce(training: HeadTraining) -> None:
         log.say(f"going on after epoch {training.start:,} of {training.epochs:,}")
 
 
+def _introduce_fast(training: GridTraining) -> None:
+    _say_of_what(training)
+    lrs = training.lrs
+    log.say(
+        f"{len(training.train):,} images to train on and {len(training.val):,} to validate, the "
+        f"centre of each; steps of {training.total_batch_size}, {training.epochs} epochs, "
+        f"{len(lrs)} learning rates for a batch of {linear.REFERENCE_BATCH} "
+        f"from {lrs[0]:g} to {lrs[-1]:g}"
+    )
+
+
+def _say_of_what(training: HeadTraining | GridTraining) -> None:
+    log.say(
+        f"{_described(training.features)}, {len(training.train.classes)} classes, on "
+        f"{training.device}, {distributed.world_size()} process(es)"
+    )
+
+
 def _record(
-    config: LinearConfig, training: HeadTraining, chance: float, left_out: dict[str, int]
+    config: LinearConfig, training: HeadTraining | GridTraining, own: dict[str, Any]
 ) -> dict[str, Any]:
+    """What a record of either way has, beside its ``own`` numbers."""
     return {
-        "results": training.results,
-        "largest_class_percent": chance,
-        "train_images": len(training.train) - left_out["train"],
-        "test_images": len(training.val) - left_out["validation"],
-        "left_out": left_out,
+        "left_out": {
+            "train": len(training.train) - own["train_images"],
+            "validation": len(training.val) - own["test_images"],
+        },
         "classes": len(training.train.classes),
         "features": _features(training.features),
         "total_batch_size": training.total_batch_size,
-        "scaled_lr": training.scaled_lr,
         "head": _file(training.path),
         "transform": evaluation.described(training.transform),
         "data": evaluation.data_flags(config),
@@ -188,6 +258,7 @@ def _evaluate(config: LinearConfig, loaded: Loaded, target: Path, device: torch.
         batch_size=config.batch_size_per_gpu,
         num_workers=default_workers() if config.num_workers is None else config.num_workers,
         device=device,
+        description="features (validation)",
     )
     counts = linear.class_counts(labels, len(val.classes), device)
     found = linear.accuracy(saved.head.to(device), rows, places[labels])
@@ -272,3 +343,24 @@ def _table(rows: dict[str, dict[str, Any]]) -> None:
         for name, row in rows.items()
     ]
     log.table("linear accuracy, %", ["", "top-1", "top-5", "loss"], cells)
+
+
+def _table_of_rates(training: GridTraining) -> None:
+    def percent(entry: dict[str, Any], images: str) -> str:
+        return "diverged" if entry["diverged"] else f"{entry[images]['top1']:.2f}"
+
+    cells = [
+        (
+            f"{entry['lr']:g}{'  (chosen)' if entry is training.chosen else ''}",
+            percent(entry, "held_out"),
+            percent(entry, "test"),
+        )
+        for entry in training.rates
+    ]
+    log.table("top-1 by learning rate, %", ["learning rate", "held out", "test"], cells)
+    result = training.result
+    rest = result["train_images"] - result["held_out_images"]
+    log.say(
+        f"of layers that learnt from {rest:,} images; the {result['held_out_images']:,} held out "
+        f"chose the rate, and the layer that is kept learnt from all {result['train_images']:,}"
+    )

@@ -98,6 +98,7 @@ COMMANDS = {
         "accuracy of a linear layer trained with labels on a checkpoint's features",
         (
             "dino-kit linear OUT --data_path FOLDER_WITH_LABELS",
+            "dino-kit linear OUT --data_path FOLDER_WITH_LABELS --fast",
             "dino-kit linear OUT --evaluate --val_data FOLDER_WITH_LABELS",
         ),
         without_effect=_TORCHRUN,

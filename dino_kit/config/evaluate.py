@@ -10,6 +10,11 @@ from dino_kit.config.fields import REQUIRED, Checked, option
 from dino_kit.config.train import check_device
 from dino_kit.errors import UserError
 
+# Four decades in steps of 1, 2, 5, as DINOv2's thirteen are, but a decade higher: the fewer steps an
+# epoch has, the higher the best rate. A thousand digits have theirs at 0.2, and the usual one for
+# ImageNet is 0.001; neither is at an edge.
+LEARNING_RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -170,6 +175,15 @@ class Linear:
         "cosine, epoch by epoch, towards 0. The best one depends on the checkpoint.",
         above=0,
     )
+    fast: bool = option(
+        False,
+        "Extract the features once, of the centres of the images, and train at all of --lrs side by "
+        "side; the rate is chosen on a tenth of the training images. A layer of its own is kept.",
+        switch=True,
+    )
+    lrs: tuple[float, ...] = option(
+        LEARNING_RATES, "The learning rates of --fast, each as --lr.", above=0
+    )
     total_batch_size: int | None = option(
         None,
         "Images of a step over all processes, so that the result does not depend on how many there "
@@ -202,6 +216,18 @@ class LinearConfig(Linear, Labelled, Checkpoint, Checked):
         self.require_checkpoint()
         if self.linear_weights and not self.evaluate:
             raise UserError("--linear_weights names a head to evaluate; give --evaluate with it.")
+        if self.fast and self.lr != LinearConfig.lr:
+            raise UserError(
+                f"--lr {self.lr:g} is the rate of a training without --fast; with it give --lrs, of "
+                "which it takes the best."
+            )
+        if self.fast and self.val_freq != LinearConfig.val_freq:
+            raise UserError(
+                f"--val_freq {self.val_freq} is of a training without --fast, which validates only "
+                "at its end; leave one of them out."
+            )
+        if self.lrs != LinearConfig.lrs and not self.fast:
+            raise UserError("--lrs are the learning rates of --fast; give it too, or one --lr.")
         # To classify images takes none to learn from.
         if not (self.evaluate and self.val_data and not (self.data_path or self.train_data)):
             self.require_labelled()

@@ -7,7 +7,6 @@ of processes changes what is learnt.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ import torch
 from dino_kit import distributed, files, log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.loader import Loader
-from dino_kit.data.sources.names import composed
-from dino_kit.data.sources.source import Source, Subset
-from dino_kit.errors import UserError
+from dino_kit.data.sources.source import Source
 from dino_kit.evaluators import classifier, linear
+from dino_kit.evaluators.identity import Identity
 from dino_kit.evaluators.linear import LinearFeatures, LinearHead, Step
-from dino_kit.features import LabelledFeatures, embed_labelled, labels_of, require_some
+from dino_kit.evaluators.shares import shared_features
+from dino_kit.features import labels_of
 from dino_kit.normalize import Normalize
 from dino_kit.weights import EvalTransform, Loaded
 
@@ -75,7 +74,12 @@ class HeadTraining:
     chance: float = field(default=0.0, init=False)  # percent of the commonest class learnt from
 
     def __post_init__(self) -> None:
-        saved = self._saved() if self.resume else None
+        protocol = ("epochs", "lr", "total_batch_size", "seed")
+        self.identity = Identity(
+            self.loaded, self.flags, self.features, self.transform, self.train, self.val,
+            {name: getattr(self, name) for name in protocol},
+        )  # fmt: skip
+        saved = self.identity.saved(self.path, _NEEDED) if self.resume else None
         if saved:
             self.start, self.results = saved["epoch"], saved["results"]
         self.loader = Loader(
@@ -145,6 +149,7 @@ class HeadTraining:
             batch_size=self.batch_size_per_gpu,
             num_workers=self.num_workers,
             device=self.device,
+            description="features (validation)",
         )
         counts = linear.class_counts(labels, len(self.train.classes), self.device)
         learnt = labels_of(self.train)
@@ -216,99 +221,6 @@ class HeadTraining:
             "optimizer": self.optimizer.state_dict(),
             "best_acc": self.results["best"]["top1"],
             "results": self.results,
-            **self._identity(),
+            **self.identity.plain(),
         }
         files.write_weights(self.path, content)
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes this training another than any other, as plain data."""
-        return {
-            "classes": self.train.classes,
-            "features": {
-                "n_last_blocks": self.features.n_last_blocks,
-                "avgpool_patchtokens": self.features.avgpool_patchtokens,
-            },
-            "transform": self.transform.plain(),
-            "protocol": {
-                "epochs": self.epochs,
-                "lr": self.lr,
-                "total_batch_size": self.total_batch_size,
-                "seed": self.seed,
-            },
-            "backbone": {
-                "path": str(Path(self.loaded.path).absolute()),
-                "sha256": self.loaded.sha256,
-                "network": self.loaded.which,
-                "architecture": self.loaded.architecture,
-                "flags": self.flags,
-            },
-            "images": {"train": _fingerprint(self.train), "val": _fingerprint(self.val)},
-        }  # fmt: skip
-
-    def _saved(self) -> dict[str, Any] | None:
-        """What there is to go on from."""
-        if not self.path.is_file():
-            return None
-        saved, now = files.read_weights(self.path), self._identity()
-        if any(name not in saved for name in (*_NEEDED, *now)):
-            raise UserError(
-                f"{self.path} was not written by dino-kit linear, so a training cannot go on from "
-                "it; give another --output_dir."
-            )
-        saved["transform"] = EvalTransform.from_plain(saved["transform"]).plain()
-        changed = [
-            f"{name} was {saved[group].get(name)} and is now {value}"
-            for group in ("features", "transform", "protocol")
-            for name, value in now[group].items()
-            if saved[group].get(name) != value
-        ]
-        before, after = saved["backbone"], now["backbone"]
-        if any(before.get(key) != after[key] for key in ("sha256", "network", "architecture")):
-            changed.append(f"the weights of {self.loaded.path} were others")
-        for source in ("train", "val"):
-            if saved["images"].get(source) != now["images"][source]:
-                changed.append(f"the images of {getattr(self, source).root} were others")
-        if changed:
-            raise UserError(
-                f"{self.path} was trained with other settings: {'; '.join(changed)}. Give another "
-                "--output_dir, or --resume never to begin again in its place."
-            )
-        return saved
-
-
-def shared_features(
-    features: LinearFeatures,
-    source: Source,
-    transform: EvalTransform,
-    *,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-) -> LabelledFeatures:
-    """Of this process's share; every image is in one share.
-
-    Raises:
-        UserError: no process can use any of its images.
-    """
-    share = range(distributed.rank(), len(source), distributed.world_size())
-    found = embed_labelled(
-        features,
-        Subset(source, share),
-        **transform._asdict(),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        description="features (validation)",
-    )
-    used = distributed.total(len(found.labels), device)
-    require_some(source, used, found.left_out)
-    return found
-
-
-def _fingerprint(source: Source) -> str:
-    """A hash of the images' names and labels, which does not depend on where the images lie."""
-    digest = hashlib.sha256()
-    for index, label in enumerate(labels_of(source).tolist()):
-        name = composed(source.key(index)).encode("utf-8", "surrogatepass")
-        digest.update(name + f"\0{label}\n".encode())
-    return digest.hexdigest()

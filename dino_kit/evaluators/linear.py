@@ -28,6 +28,7 @@ from dino_kit.schedules import cosine
 
 REFERENCE_BATCH = 256  # the batch that a learning rate is given for
 BLOCKS = 4  # joined unless told otherwise
+MOMENTUM = 0.9
 TOP = 5
 _ROWS = 4096  # classified at once
 _STEPS_BETWEEN_LOSSES = 20  # a loss that is shown has to be waited for
@@ -128,7 +129,7 @@ class Step(NamedTuple):
 
 def build_optimizer(head: LinearHead) -> torch.optim.SGD:
     """SGD with momentum 0.9, without weight decay; :func:`fit` sets the rate."""
-    return torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9, weight_decay=0.0)
+    return torch.optim.SGD(head.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=0.0)
 
 
 def fit(

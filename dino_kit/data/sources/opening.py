@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from dino_kit import distributed, log
 from dino_kit.data.sources.digits import DIGITS, DIGITS_MOVED, DigitsSource
 from dino_kit.data.sources.folder import FolderSource
+from dino_kit.data.sources.holding_out import held_out_of
 from dino_kit.data.sources.huggingface import HuggingFaceData
 from dino_kit.data.sources.lists import SUFFIXES, ListSource
-from dino_kit.data.sources.names import composed
 from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.data.sources.single import OneImage
 from dino_kit.data.sources.source import Relabelled, Source, Subset, require_labels
@@ -170,7 +170,7 @@ def _both(data: Data, val_share: float) -> tuple[Source, Source]:
         )
     whole = data.open()
     require_labels(whole)
-    held_out = _held_out(whole, val_share)
+    held_out = held_out_of(whole, val_share)
     if not held_out:
         raise UserError(
             f"No class in {whole.root} has two images, one to search and one to classify; name "
@@ -178,31 +178,6 @@ def _both(data: Data, val_share: float) -> tuple[Source, Source]:
         )
     bank = sorted(set(range(len(whole))) - set(held_out))
     return Subset(whole, bank), Subset(whole, held_out)
-
-
-def _held_out(source: Source, val_share: float) -> list[int]:
-    """The images to classify: by a hash of their names, so that new images move no old one.
-
-    A class of two or more images has at least one on each side; that of a single one is searched.
-    """
-    by_class: dict[int | None, list[tuple[float, int]]] = {}
-    for index in range(len(source)):
-        share = _hash_share(source.key(index))
-        by_class.setdefault(source.label(index), []).append((share, index))
-    chosen: list[int] = []
-    for members in by_class.values():
-        members.sort()
-        wanted = sum(share < val_share for share, _ in members)
-        count = min(max(wanted, 1), len(members) - 1)
-        chosen += [index for _, index in members[:count]]
-    return sorted(chosen)
-
-
-def _hash_share(key: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    # What is no Unicode in a file name stands in it as surrogates.
-    name = composed(key).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
 
 def _with_same_classes(bank: Source, queries: Source) -> tuple[Source, Source]:
