@@ -248,7 +248,7 @@ def test_what_two_sizes_of_step_differ_by_is_the_images_own_cost(step, image, mo
     learner, load, source = learner_and_load()
     monkeypatch.setattr(speed, "_SECONDS", 10)
 
-    def seconds(learner, batches, repeats=1):
+    def seconds(learner, prepare, batches, repeats=1):
         return step + image * sum(len(batch.places) for batch in batches)
 
     monkeypatch.setattr(speed, "_seconds", seconds)
@@ -265,7 +265,7 @@ def test_slow_networks_are_timed_on_few_images(monkeypatch):
     learner, load, source = learner_and_load()
     sizes = []
 
-    def seconds(learner, batches, repeats=1):
+    def seconds(learner, prepare, batches, repeats=1):
         sizes.append(sum(len(batch.places) for batch in batches))
         return 60.0
 

@@ -46,6 +46,11 @@ class Crops:
         "How crops of RGB images are made: exact is Pillow, as in the reference; fast is equal to it "
         "up to rounding.",
     )
+    augment: Literal["auto", "cpu", "device"] = option(
+        "auto",
+        "Where colours, blur and solarisation of RGB images are changed: by the workers on the CPU, "
+        "or for a whole batch on the device, equal up to rounding; auto is device on a CUDA GPU.",
+    )
     flip_prob: tuple[float, float, float] = option(
         (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1
     )
@@ -117,6 +122,11 @@ class Crops:
             raise UserError(
                 "--crop_ratio has no meaning with --crop_without_resize, whose boxes are as large "
                 "as the crops; give one."
+            )
+        if self.augment == "device" and self.pixels == "exact":
+            raise UserError(
+                "--augment device cannot be --pixels exact, which is Pillow and on the CPU; give "
+                "--augment cpu or --pixels fast."
             )
         pairs = zip(self.blur_radius_min, self.blur_radius_max, strict=True)
         for smallest, largest in pairs:

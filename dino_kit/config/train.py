@@ -20,6 +20,7 @@ SAME_THING = {"use_fp16": "precision", "precision": "use_fp16"}
 # What may change when a run goes on; a different value of anything else is another run.
 RESUMABLE = frozenset(
     {
+        "augment",  # as auto it goes with the device
         "batch_size_per_gpu",  # the total batch is compared instead
         "checkpoint_activations",
         "compile",
