@@ -274,6 +274,13 @@ def test_slow_networks_are_timed_on_few_images(monkeypatch):
     assert len(sizes) == 1 and found.image == 60 / sizes[0]
 
 
+def test_what_the_device_does_to_a_batch_counts_as_of_the_step():
+    calls = []
+    learner = SimpleNamespace(device=CPU, step=lambda step, batches: calls.append(batches))
+    speed._seconds(learner, lambda batch: calls.append("prepared") or batch + 1, [1], 2)
+    assert calls == ["prepared", [2]] * 2
+
+
 def test_the_machine_is_this_one(monkeypatch):
     monkeypatch.undo()
     found = machine.find_machine(CPU, 3, 2)
