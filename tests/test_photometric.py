@@ -122,9 +122,9 @@ def test_whole_crops_are_the_workers_up_to_rounding(drawn, seed):
 def test_crops_as_they_are_drawn_are_the_workers_and_pillows():
     """Over many crops of a run; against Pillow as the fast way is."""
     view = View(64, (0.14, 1.0), blur_prob=0.5, rotate90_prob=0.3)
-    pictures = [photograph(200, 260, seed) for seed in range(4)]
+    photographs = [photograph(200, 260, seed) for seed in range(4)]
     drawn = [sample_crop(view, 200, 260, stream("", number)) for number in range(200)]
-    of = [pictures[number % 4] for number in range(200)]
+    of = [photographs[number % 4] for number in range(200)]
     rasters = [Raster(np.array(image)) for image in of]
     found = changed([geometry(*both) for both in zip(rasters, drawn, strict=True)], drawn)
     fast, exact = (
