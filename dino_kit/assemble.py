@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dino_kit.data.crops import View
 from dino_kit.data.decode import decode
 from dino_kit.data.loader import Batch, Decode, Loader, default_workers
 from dino_kit.data.photograph import open_raster
+from dino_kit.data.photometric import change
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources, open_training_source
 from dino_kit.data.sources.source import Source, fingerprint
 from dino_kit.errors import UserError
@@ -33,6 +35,7 @@ from dino_kit.preparation import (
     tell_what_is_left_out,
     transform_of,
     view_groups,
+    views_to_load,
     with_normalization,
 )
 from dino_kit.proposal import speed
@@ -83,7 +86,7 @@ def assemble(
     replaces, config = config.resume == "never", replace(config, resume="auto")
     config = with_normalization(config, source, saved, device)
 
-    views = views or view_groups(config)
+    views = views_to_load(config, device, views)
     loader = build_loader(config, source, views, device, start)
     learner = build_learner(config, loader.steps_per_epoch, device, precision)
     skipped = engine.Skipped()
@@ -115,7 +118,7 @@ def assemble(
 
 
 class Prepare:
-    """A loader's batch → normalised crops on the device."""
+    """A loader's batch → crops on the device, with what was left to do there, normalised."""
 
     def __init__(
         self,
@@ -128,7 +131,11 @@ class Prepare:
 
     def __call__(self, batch: Batch) -> MicroBatch:
         groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
-        return MicroBatch([self.normalize(group) for group in groups], batch.places)
+        groups = [
+            self.normalize(change(group, changes) if changes else group)
+            for group, changes in zip_longest(groups, batch.changes)
+        ]
+        return MicroBatch(groups, batch.places)
 
 
 def with_mlp_grid(config: TrainConfig) -> TrainConfig:
@@ -161,7 +168,8 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
 def decoder(config: Any, views: Sequence[Sequence[View]]) -> Decode:
     """What reads the images of a run: ``config`` is whatever has the settings of crops."""
     # A function of the caller's own gets the image that it was told it would.
-    own = any(view.render is not augment.render for group in views for view in group)
+    usual = (augment.render, augment.geometry)
+    own = any(view.render not in usual for group in views for view in group)
     return decode if own or config.pixels == "exact" else open_raster
 
 
@@ -308,7 +316,8 @@ def measure_step(
 
     def load(images: int) -> Sequence[Batch]:
         sized = replace(config, total_batch_size=images, batch_size_per_gpu=images)
-        return next(iter(build_loader(sized, source, view_groups(sized), device, 0)))
+        views = views_to_load(sized, device)
+        return next(iter(build_loader(sized, source, views, device, 0)))
 
     learner = build_learner(config, 10, device, precision)
     # By which numbers they are normalised makes no difference to the time.

@@ -10,6 +10,7 @@ import torch
 
 from dino_kit import distributed, log
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import augment
 from dino_kit.data.crops import View
 from dino_kit.data.pixels import Pixels
 from dino_kit.data.sources.source import Source
@@ -68,8 +69,39 @@ def view_groups(config: Any) -> list[list[View]]:
     return groups
 
 
+def views_to_load(
+    config: Any, device: torch.device, views: Sequence[Sequence[View]] | None = None
+) -> Sequence[Sequence[View]]:
+    """The views as workers make them for ``device``; of those that it changes, the geometry alone.
+
+    ``views`` take the place of the views of ``config``. A group in which a view has a ``render`` of
+    its own is made to the end by the workers.
+    """
+    views = views or view_groups(config)
+    if not _changes_on(device, config):
+        return views
+    return [
+        [replace(view, render=augment.geometry) for view in group]
+        if all(view.render is augment.render for view in group)
+        else group
+        for group in views
+    ]
+
+
+def _changes_on(device: torch.device, config: Any) -> bool:
+    possible = config.in_chans == 3 and config.pixels == "fast"
+    # Elsewhere the device shares its cores with the workers, or was not tried.
+    wanted = config.augment == "device" or (config.augment == "auto" and device.type == "cuda")
+    return possible and wanted
+
+
 def tell_what_is_left_out(config: TrainConfig) -> None:
-    """One notice where there are changes of colour to make, and no colours."""
+    """Notices where there are changes of colour to make, and no colours or no RGB."""
+    if config.in_chans != 3 and config.augment == "device":
+        log.notice(
+            f"--augment device is for RGB images; at --in_chans {config.in_chans} the workers change "
+            "brightness and contrast, and blur."
+        )
     wanted = [name for name in _OF_COLOUR if any(getattr(config, name))]
     if config.in_chans != 3 and wanted:
         log.notice(

@@ -125,8 +125,8 @@ def test_a_crop_is_rendered_in_the_order_of_the_parameters(channels):
     crop = CropParameters(
         24, (3, 5, 31, 27), True, jitter, False, 1.2, 100, vflip=True, quarter_turns=1
     )
-    expected = augment.resized_crop(whole, crop.box, 24).flipped().contrasted(1.3).brightened(0.7)
-    expected = expected.blurred(1.2).solarized(100).flipped_vertically().turned(1)
+    expected = augment.resized_crop(whole, crop.box, 24).flipped().flipped_vertically().turned(1)
+    expected = expected.contrasted(1.3).brightened(0.7).blurred(1.2).solarized(100)
     found = render(whole, crop)
     assert found.shape == (24, 24, channels) and found.dtype == np.float32
     np.testing.assert_array_equal(found, np.asarray(expected))

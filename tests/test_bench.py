@@ -127,6 +127,15 @@ def test_what_is_timed_reads_images_as_the_run_does(folder, monkeypatch, pixels,
     assert calls.pop(used) > 3 and set(calls.values()) == {0}
 
 
+def test_data_leaves_out_what_is_left_to_the_device(folder, capsys):
+    alone = ["--num_workers", "0", "--seconds", "0.01"]
+    for where, told in (("cpu", False), ("device", True)):
+        phases = bench("data", folder, *CROPS, *alone, "--augment", where)["phases"]
+        colours = [phases["global_photometric"], phases["local_photometric"]]
+        assert colours == [0.0, 0.0] if told else any(colours)
+        assert ("left to the device" in capsys.readouterr().out) == told
+
+
 def test_stages_never_add_up_to_more_than_the_whole():
     phases = data._within({"read": 1.0, "decode": 5.0, "global_resize": -1.0}, 3.0, 2)
     assert phases == pytest.approx(

@@ -268,6 +268,8 @@ def configurations(draw) -> TrainConfig:
         values[name] = tuple(sorted(draw(st.tuples(shares, shares))))
     if values["precision"] != "auto":
         values["use_fp16"] = None  # the two must not contradict each other
+    if values["augment"] == "device":
+        values["pixels"] = "fast"
     for low, high in zip(*(values[f"blur_radius_{end}"] for end in ("min", "max")), strict=True):
         if low > high:
             values["blur_radius_min"] = (0.0,) * 3

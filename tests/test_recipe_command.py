@@ -248,7 +248,7 @@ def test_what_two_sizes_of_step_differ_by_is_the_images_own_cost(step, image, mo
     learner, load, source = learner_and_load()
     monkeypatch.setattr(speed, "_SECONDS", 10)
 
-    def seconds(learner, batches, repeats=1):
+    def seconds(learner, prepare, batches, repeats=1):
         return step + image * sum(len(batch.places) for batch in batches)
 
     monkeypatch.setattr(speed, "_seconds", seconds)
@@ -265,13 +265,20 @@ def test_slow_networks_are_timed_on_few_images(monkeypatch):
     learner, load, source = learner_and_load()
     sizes = []
 
-    def seconds(learner, batches, repeats=1):
+    def seconds(learner, prepare, batches, repeats=1):
         sizes.append(sum(len(batch.places) for batch in batches))
         return 60.0
 
     monkeypatch.setattr(speed, "_seconds", seconds)
     found = speed.measure(learner, load, Prepare(CPU), len(source))
     assert len(sizes) == 1 and found.image == 60 / sizes[0]
+
+
+def test_what_the_device_does_to_a_batch_counts_as_of_the_step():
+    calls = []
+    learner = SimpleNamespace(device=CPU, step=lambda step, batches: calls.append(batches))
+    speed._seconds(learner, lambda batch: calls.append("prepared") or batch + 1, [1], 2)
+    assert calls == ["prepared", [2]] * 2
 
 
 def test_the_machine_is_this_one(monkeypatch):

@@ -34,13 +34,14 @@ from dino_kit.config.bench import (
     BenchStepConfig,
 )
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import augment
 from dino_kit.data.inspection import inspect
 from dino_kit.data.loader import Loader, default_workers, usable_cores
 from dino_kit.data.sources.opening import open_training_source
 from dino_kit.data.sources.source import Subset
 from dino_kit.errors import UserError
 from dino_kit.evaluation import versions
-from dino_kit.preparation import pixels_of
+from dino_kit.preparation import pixels_of, views_to_load
 from dino_kit.proposal.machine import find_machine
 from dino_kit.training.learner import MicroBatch
 from dino_kit.training.precision import resolve_precision
@@ -58,7 +59,9 @@ def data(config: BenchDataConfig) -> None:
     """
     _require_place(config.json)
     source = open_training_source(config.data_path, download=config.download)
-    groups, pixels = view_groups(config), pixels_of(config)
+    # Where the run would be, though no network is here.
+    groups = views_to_load(config, distributed.choose_device("auto"))
+    pixels = pixels_of(config)
     workers = default_workers() if config.num_workers is None else config.num_workers
 
     def load(source: Any, batch: int, workers: int) -> Loader:
@@ -78,6 +81,9 @@ def data(config: BenchDataConfig) -> None:
     log.paragraph(
         f"A core prepares {_rate(one)} images a second, and {told}. The most time, "
         f"{alone.phases[largest] / alone.seconds:.0%}, goes to {_words(largest)}."
+        + " Colours and blur are left to the device." * any(
+            view.render is augment.geometry for group in groups for view in group
+        )
     )
     _write("bench data", config, _CPU, {
         "images_per_second": rate,
@@ -188,7 +194,7 @@ def fit(config: BenchFitConfig) -> int:
             f"There are {len(source)} images, fewer than one batch of {batch}; give "
             f"--total_batch_size {len(source)} or less."
         )
-    groups, pixels = view_groups(config), pixels_of(config)
+    groups, pixels = views_to_load(config, device), pixels_of(config)
     views = [view for group in groups for view in group]
     found = inspect(source, pixels, views, most=_SAMPLE, description="")
     reads = decoder(config, groups)

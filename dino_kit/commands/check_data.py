@@ -25,7 +25,7 @@ from dino_kit.data.loader import default_workers, usable_cores
 from dino_kit.data.sources.opening import LISTS, Data, open_data
 from dino_kit.data.sources.source import Source, Subset
 from dino_kit.errors import UserError
-from dino_kit.preparation import pixels_of, tell_what_is_left_out
+from dino_kit.preparation import pixels_of, tell_what_is_left_out, views_to_load
 from dino_kit.proposal.machine import find_machine
 from dino_kit.training.precision import resolve_precision
 
@@ -130,7 +130,7 @@ def _feeding(
     device: torch.device,
     precision: str,
 ) -> dict[str, Any] | None:
-    source, pixels, groups = found[training].source, pixels_of(train), view_groups(train)
+    source, pixels, groups = found[training].source, pixels_of(train), views_to_load(train, device)
     cost = feeding.cost(
         list(found.values()), source, groups, pixels, train.seed, decoder(train, groups)
     )

@@ -47,6 +47,11 @@ class Crops:
         "up to rounding, and decodes large photographs at a smaller scale where all crops of one "
         "shrink at least twofold after that.",
     )
+    augment: Literal["auto", "cpu", "device"] = option(
+        "auto",
+        "Where colours, blur and solarisation of RGB images are changed: by the workers on the CPU, "
+        "or for a whole batch on the device, equal up to rounding; auto is device on a CUDA GPU.",
+    )
     flip_prob: tuple[float, float, float] = option(
         (0.5,) * 3, "Probability of a horizontal flip.", low=0, high=1
     )
@@ -118,6 +123,11 @@ class Crops:
             raise UserError(
                 "--crop_ratio has no meaning with --crop_without_resize, whose boxes are as large "
                 "as the crops; give one."
+            )
+        if self.augment == "device" and self.pixels == "exact":
+            raise UserError(
+                "--pixels exact is Pillow's result, made on the CPU, and --augment device makes crops "
+                "elsewhere; give --augment cpu or --pixels fast."
             )
         pairs = zip(self.blur_radius_min, self.blur_radius_max, strict=True)
         for smallest, largest in pairs:

@@ -20,6 +20,7 @@ SAME_THING = {"use_fp16": "precision", "precision": "use_fp16"}
 # What may change when a run goes on; a different value of anything else is another run.
 RESUMABLE = frozenset(
     {
+        "augment",  # as auto it goes with the device
         "batch_size_per_gpu",  # the total batch is compared instead
         "checkpoint_activations",
         "compile",
@@ -219,8 +220,9 @@ class Optimisation:
     )
     compile: bool = option(
         False,
-        "Compile attention and MLP of the backbone's blocks by torch.compile, which takes a minute or more at the "
-        "start and a C++ compiler (on a GPU, Triton).",
+        "Compile attention and MLP of the backbone's blocks by torch.compile, which takes a minute "
+        "or more at the start and Triton. Meant for a GPU: on a CPU it compiles the MLP alone, by a "
+        "C++ compiler, and gains nothing.",
     )
     max_bad_steps: int = option(
         20, "Stop after so many steps in a row whose loss or gradient is not finite.", low=1

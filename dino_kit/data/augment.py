@@ -1,5 +1,8 @@
 """A crop as pixels: Pillow does what the parameters say, as torchvision's Pillow path does it.
 
+First its geometry, then its colours; the latter may be left to a device, where
+:mod:`~dino_kit.data.photometric` changes those of a whole batch.
+
 :class:`~dino_kit.data.raster.Raster` does the same several times faster and equal up to rounding,
 :class:`~dino_kit.data.raster.Reduced` of a large photograph decoded at a smaller scale, and of an
 image that is no RGB image :class:`~dino_kit.data.bands.Bands`.
@@ -23,11 +26,12 @@ from dino_kit.errors import BadImage
 
 @dataclass(frozen=True)
 class CropParameters:
-    """What to do with an image, in the order of the fields."""
+    """What to do with an image: its geometry first, then the rest, each in the order of the fields."""
 
     size: int  # S
     box: tuple[int, int, int, int]  # top, left, height, width, in pixels of the image
     flip: bool = False
+    # From here to solarisation not geometry.
     jitter: tuple[tuple[str, float], ...] = ()  # (operation, factor), in the order of application
     gray: bool = False
     blur_radius: float | None = None  # deviation of the Gaussian, in pixels
@@ -45,10 +49,34 @@ def render(
 
     Saturation, hue and gray are RGB images' only.
     """
-    p = parameters
+    return np.asarray(_recoloured(_placed(image, parameters, resample), parameters))
+
+
+def geometry(
+    image: Image.Image | Raster | Bands,
+    parameters: CropParameters,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """The crop as :func:`render` makes it, before its colours are changed, blurred or inverted."""
+    return np.asarray(_placed(image, parameters, resample))
+
+
+def _placed(
+    image: Image.Image | Raster | Bands, p: CropParameters, resample: Image.Resampling
+) -> Image.Image | Raster | Bands:
     crop = resized_crop(image, p.box, p.size, resample)
     if p.flip:
         crop = flip(crop)
+    if p.vflip:
+        crop = vertical_flip(crop)
+    if p.quarter_turns:
+        crop = turn(crop, p.quarter_turns)
+    return crop
+
+
+def _recoloured(
+    crop: Image.Image | Raster | Bands, p: CropParameters
+) -> Image.Image | Raster | Bands:
     for operation, factor in p.jitter:
         crop = JITTER[operation](crop, factor)
     if p.gray:
@@ -57,11 +85,7 @@ def render(
         crop = blur(crop, p.blur_radius)
     if p.solarize_threshold is not None:
         crop = solarize(crop, p.solarize_threshold)
-    if p.vflip:
-        crop = vertical_flip(crop)
-    if p.quarter_turns:
-        crop = turn(crop, p.quarter_turns)
-    return np.asarray(crop)
+    return crop
 
 
 def resized_crop(

@@ -39,7 +39,8 @@ class View:
         vflip_prob, rotate90_prob: probabilities of a vertical flip, and of a turn by 90, 180 or
             270 degrees.
         render: makes the pixels from ``(image, parameters)``: (S, S, C) uint8, or floats in
-            [0, 1]; a tensor has them as (C, S, S). A function of your own must be importable by
+            [0, 1]; a tensor has them as (C, S, S). :func:`~dino_kit.data.augment.geometry` leaves
+            all but the geometry to a device. A function of your own must be importable by
             name where workers are spawned.
     """
 

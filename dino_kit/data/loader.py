@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dino_kit.data import augment
+from dino_kit.data.augment import CropParameters
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode
 from dino_kit.data.photograph import for_crops
+from dino_kit.data.photometric import Changes, changes_of
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.source import Source
 from dino_kit.errors import BadImage, UserError
@@ -41,6 +44,8 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64: images of the source, as they were used
     places: Tensor  # (B,) int64: places in the step's global batch
     bad: tuple[tuple[int, str], ...] = ()  # images that cannot be used, each with the reason
+    # What is left to do to the crops of each group, of a group made to the end None; see Loader.
+    changes: Sequence[Changes | None] = ()
 
 
 class Pick(NamedTuple):
@@ -62,7 +67,9 @@ class Loader:
 
     Args:
         source: the images.
-        groups: the views of each crop size; the first group holds the two global views.
+        groups: the views of each crop size; the first group holds the two global views. A group
+            whose views' ``render`` is :func:`~dino_kit.data.augment.geometry` comes with the rest
+            as ``changes``, which :func:`~dino_kit.data.photometric.change` makes.
         pixels: what an image becomes.
         start_step: optimiser steps that were taken before.
         drop_last: whether the last short batch of an epoch is dropped. A process may have no image
@@ -223,10 +230,11 @@ class _Crops(Dataset):
         indices: list[int] = []
         places: list[int] = []
         bad: list[tuple[int, str]] = []
+        drawn: list[list[list[CropParameters]]] = []  # by image, group and view
         for pick in picks:
             for index in self._candidates(pick):
                 try:
-                    self._write(groups, len(indices), len(picks), pick, index)
+                    parameters = self._write(groups, len(indices), len(picks), pick, index)
                 except BadImage as error:
                     if self.on_bad_image == "raise":
                         raise UserError(
@@ -235,6 +243,7 @@ class _Crops(Dataset):
                         ) from error
                     bad.append((index, str(error)))
                 else:
+                    drawn.append(parameters)
                     indices.append(index)
                     places.append(pick.place)
                     break
@@ -251,7 +260,15 @@ class _Crops(Dataset):
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor(places, dtype=torch.int64),
             tuple(bad),
+            [self._changes(number, drawn) for number in range(len(groups))] if indices else [],
         )
+
+    def _changes(self, number: int, drawn: Sequence[Sequence[Sequence[Any]]]) -> Changes | None:
+        """Of group ``number``, where its views leave something to do."""
+        if any(view.render is not augment.geometry for view in self.groups[number]):
+            return None
+        by_view = zip(*(groups[number] for groups in drawn), strict=True)
+        return changes_of(list(by_view))
 
     def _candidates(self, pick: Pick) -> Iterator[int]:
         """The image to load, and those that may take its place, in turn."""
@@ -263,8 +280,8 @@ class _Crops(Dataset):
 
     def _write(
         self, groups: list[np.ndarray], column: int, columns: int, pick: Pick, index: int
-    ) -> None:
-        """Put the crops of ``pick`` in their ``column``, made of the image ``index``."""
+    ) -> list[list[CropParameters]]:
+        """Put the crops of ``pick`` in their ``column``, made of the image ``index``, as it says."""
         name = self.source.name(index)
         image = self.decode(self.source.read(index), name, self.pixels)
         rng = stream("crop", self.seed, pick.epoch, pick.index)
@@ -280,6 +297,7 @@ class _Crops(Dataset):
                 if number == len(groups):
                     groups.append(np.empty((len(views), columns, *pixels.shape), pixels.dtype))
                 groups[number][row, column] = pixels
+        return drawn
 
 
 def _channels_last(pixels: np.ndarray | Tensor) -> np.ndarray:

@@ -28,7 +28,7 @@ _LEVELS = np.arange(256, dtype=np.uint8)
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 _TURN = 360.0  # of a hue, in degrees
 # OpenCV rounds, Pillow cuts off: a blend's fraction, and half a step of its 255 hues on average.
-_CUT = -0.499
+CUT = -0.499
 _HUE_CUT = -_TURN / 255 / 2
 _HALVES = -0.42
 
@@ -78,31 +78,24 @@ class Raster:
         return Raster(np.ascontiguousarray(np.rot90(self.pixels, quarter_turns)))
 
     def brightened(self, factor: float) -> Raster:
-        return Raster(cv2.convertScaleAbs(self.pixels, alpha=factor, beta=_CUT))
+        return Raster(cv2.convertScaleAbs(self.pixels, alpha=factor, beta=CUT))
 
     def contrasted(self, factor: float) -> Raster:
         mean = int(cv2.mean(self._luma())[0] + 0.5)
         # Of an image and itself: what is below 0 or above 255 becomes that.
         return Raster(
-            cv2.addWeighted(self.pixels, factor, self.pixels, 0.0, (1.0 - factor) * mean + _CUT)
+            cv2.addWeighted(self.pixels, factor, self.pixels, 0.0, (1.0 - factor) * mean + CUT)
         )
 
     def saturated(self, factor: float) -> Raster:
         if factor == 0:
             return self.gray()
-        mixed = np.empty((3, 4), np.float32)
-        mixed[:, :3] = (1.0 - factor) * _LUMA
-        mixed[:, 3] = _CUT
-        mixed[0, 0] += factor
-        mixed[1, 1] += factor
-        mixed[2, 2] += factor
-        return Raster(cv2.transform(self.pixels, mixed))
+        return Raster(cv2.transform(self.pixels, saturation_mix(factor)))
 
     def hue_shifted(self, shift: float) -> Raster:
         """By ``int(255 * shift)`` of 256 steps, as Pillow's 8 bits have it."""
-        degrees = (int(255 * shift) * (_TURN / 256) + _HUE_CUT) % _TURN
         hsv = cv2.cvtColor(np.float32(self.pixels), cv2.COLOR_RGB2HSV)
-        hsv[..., 0] += np.float32(degrees)
+        hsv[..., 0] += np.float32(hue_turn(shift))
         # Hues beyond a turn are taken back by it.
         return Raster(cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)))
 
@@ -110,9 +103,7 @@ class Raster:
         return Raster(cv2.cvtColor(self._luma(), cv2.COLOR_GRAY2RGB))
 
     def blurred(self, radius: float) -> Raster:
-        kernel = gaussian.kernel(radius)
-        # Of a radius of 1 the boxes are 1 2 1, and their many halves Pillow rounds down.
-        delta = _HALVES if radius == 1 else 0.0
+        kernel, delta = gaussian.kernel(radius), blur_offset(radius)
         return Raster(
             cv2.sepFilter2D(
                 self.pixels, -1, kernel, kernel, delta=delta, borderType=cv2.BORDER_REPLICATE
@@ -124,6 +115,28 @@ class Raster:
 
     def _luma(self) -> np.ndarray:
         return cv2.cvtColor(self.pixels, cv2.COLOR_RGB2GRAY)
+
+
+def saturation_mix(factor: float) -> np.ndarray:
+    """By how much each channel goes into each, (3, 3) float32, and in a fourth column what is added."""
+    mixed = np.empty((3, 4), np.float32)
+    mixed[:, :3] = (1.0 - factor) * _LUMA
+    mixed[:, 3] = CUT
+    mixed[0, 0] += factor
+    mixed[1, 1] += factor
+    mixed[2, 2] += factor
+    return mixed
+
+
+def hue_turn(shift: float) -> float:
+    """The degrees, from 0 on and below 360, by which ``shift`` turns a hue as Pillow would."""
+    return (int(255 * shift) * (_TURN / 256) + _HUE_CUT) % _TURN
+
+
+def blur_offset(radius: float) -> float:
+    """What is added to a blurred value before it is rounded."""
+    # Of a radius of 1 the boxes are 1 2 1, and their many halves Pillow rounds down.
+    return _HALVES if radius == 1 else 0.0
 
 
 class Reduced:

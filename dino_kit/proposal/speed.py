@@ -46,19 +46,19 @@ def measure(
     if learner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(learner.device)
     small = most = min(first, images)
-    batches, crop = _loaded(load, prepare, small)
+    batches, crop = _loaded(load, small)
     # The first step also warms up: allocations, the optimiser's moments.
-    first, kept = _seconds(learner, batches), _kept_bytes(learner, batches)
-    of_small = first if first > _SECONDS else _seconds(learner, batches, repeats=_REPEATS)
+    first, kept = _seconds(learner, prepare, batches), _kept_bytes(learner, prepare, batches)
+    of_small = first if first > _SECONDS else _seconds(learner, prepare, batches, _REPEATS)
     step, image = 0.0, of_small / small
     fixed, image_bytes = _bytes_of(learner), kept / small
     larger = min(images, _MOST, 2 ** int(math.log2(max(_SECONDS / image, 1))))
     if larger >= 2 * small:
         most = larger
-        batches, crop = _loaded(load, prepare, most)
-        image_bytes = max(_kept_bytes(learner, batches) - kept, 0) / (most - small)
+        batches, crop = _loaded(load, most)
+        image_bytes = max(_kept_bytes(learner, prepare, batches) - kept, 0) / (most - small)
         fixed += max(kept - math.ceil(small * image_bytes), 0)  # such as weights in half precision
-        of_most = _seconds(learner, batches, repeats=_REPEATS)
+        of_most = _seconds(learner, prepare, batches, _REPEATS)
         # Timing is noisy: more images never cost less, and no step costs less than nothing.
         image = min(max(of_most - of_small, 0.0) / (most - small), of_most / most)
         step = of_most - most * image
@@ -69,23 +69,22 @@ def measure(
     return Speed(step, image, crop, _saving(learner), fixed, math.ceil(image_bytes))
 
 
-def _loaded(
-    load: Load, prepare: Callable[[Any], Any], images: int
-) -> tuple[list[Any], float]:
-    """A step's batches on the device, and the seconds that an image's crops took."""
+def _loaded(load: Load, images: int) -> tuple[Sequence[Any], float]:
+    """A step's batches, and the seconds that an image's crops took."""
     began = time.perf_counter()
     batches = load(images)
-    seconds = time.perf_counter() - began
-    return [prepare(batch) for batch in batches], seconds / images
+    return batches, (time.perf_counter() - began) / images
 
 
-def _seconds(learner: Any, batches: Sequence[Any], repeats: int = 1) -> float:
-    """Of a step, the least of ``repeats``: what else the machine does only ever adds to it."""
+def _seconds(
+    learner: Any, prepare: Callable[[Any], Any], batches: Sequence[Any], repeats: int = 1
+) -> float:
+    """Of a step with all that the device does for it, the least of ``repeats``: what else the machine does only ever adds to it."""
     least = math.inf
     for step in range(repeats):
         wait(learner.device)
         began = time.perf_counter()
-        learner.step(step, batches)
+        learner.step(step, [prepare(batch) for batch in batches])
         wait(learner.device)
         least = min(least, time.perf_counter() - began)
     return least
@@ -114,10 +113,11 @@ def _bytes_of(learner: Any) -> int:
     return 4 * student + teacher
 
 
-def _kept_bytes(learner: Any, batches: Sequence[Any]) -> int:
+def _kept_bytes(learner: Any, prepare: Callable[[Any], Any], batches: Sequence[Any]) -> int:
     """What a step keeps for its backward pass, each piece of memory once; takes the step."""
     known = {p.untyped_storage().data_ptr() for p in learner.student.parameters()}
     sizes: list[int] = []
+    prepared = [prepare(batch) for batch in batches]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -127,5 +127,5 @@ def _kept_bytes(learner: Any, batches: Sequence[Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        learner.step(0, batches)
+        learner.step(0, prepared)
     return sum(sizes)

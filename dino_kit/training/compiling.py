@@ -11,6 +11,8 @@ from dino_kit.errors import UserError
 def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     """Let the token mixing and the MLP of every block be compiled when they are first called.
 
+    On a CPU the MLP alone: compiled, products and attention would be by slower libraries there.
+
     The names in the state dict stay. Stochastic depth gives a branch another number of images at
     every step, so sizes are symbols; and it is left outside, as are the norms, whose kernels are
     fused as they are.
@@ -20,7 +22,7 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     """
     _require_compiler(device)
     for block in backbone.blocks:
-        for branch in (block.attn, block.mlp):
+        for branch in (block.mlp,) if device.type == "cpu" else (block.attn, block.mlp):
             branch.compile(dynamic=True)
 
 

@@ -26,11 +26,12 @@ from torchvision import transforms
 
 from dino_kit.config import fields
 from dino_kit.config.train import TrainConfig
+from dino_kit.data import photometric
 from dino_kit.data.decode import decode, decode_raster
 from dino_kit.data.loader import Loader
 from dino_kit.data.photograph import open_raster
 from dino_kit.data.sources.opening import open_training_source
-from dino_kit.preparation import view_groups
+from dino_kit.preparation import views_to_load
 
 
 class Blur:
@@ -103,21 +104,37 @@ class Held:
     name = key
 
 
-def ours(data: list[bytes], decoder: Callable, **changes) -> Callable[[], None]:
+def loader_of(data: list[bytes], decoder: Callable, **changes) -> Loader:
     """One epoch over the images in batches of eight, uint8 as it goes to the device."""
     values = {"data_path": "-", "output_dir": "-", **changes}
     config = fields.from_plain(TrainConfig, values)
     batch = min(8, len(data))
-    loader = Loader(
-        Held(data), view_groups(config), seed=0, epochs=1, total_batch_size=batch,
+    return Loader(
+        Held(data), views_to_load(config, torch.device("cpu")), seed=0, epochs=1, total_batch_size=batch,
         batch_size_per_gpu=batch, decode=decoder, drop_last=False,
     )  # fmt: skip
+
+
+def ours(data: list[bytes], decoder: Callable, **changes) -> Callable[[], None]:
+    loader = loader_of(data, decoder, **changes)
 
     def epoch() -> None:
         for _ in loader:
             pass
 
     return epoch
+
+
+def on_the_device(data: list[bytes]) -> Callable[[], None]:
+    """What is left to the device, done on this core."""
+    batches = [batch for step in loader_of(data, decode_raster, augment="device") for batch in step]
+
+    def run() -> None:
+        for batch in batches:
+            for group, changes in zip(batch.groups, batch.changes, strict=True):
+                photometric.change(group, changes)
+
+    return run
 
 
 def mosaics(photographs: list[bytes], side: int, count: int, width: int = 500, height: int = 375) -> list[bytes]:
@@ -155,8 +172,6 @@ def main() -> None:
     if flags.mosaic:
         data = mosaics(data, flags.mosaic, count)
     make = reference()
-    geometry = {"jitter_prob": [0.0] * 3, "gray_prob": [0.0] * 3, "blur_prob": [0.0] * 3,
-                "solarize_prob": [0.0] * 3}  # fmt: skip
 
     def by_reference() -> None:
         for one in data:
@@ -174,7 +189,8 @@ def main() -> None:
         "--pixels exact": ours(data, decode),
         "--pixels fast": ours(data, open_raster),
         "--pixels fast, never reduced": ours(data, decode_raster),
-        "--pixels fast, colours and blur left out": ours(data, open_raster, **geometry),
+        "--augment device, the workers' part": ours(data, open_raster, augment="device"),
+        "--augment device, the device's part": on_the_device(data),
         "decoding alone": decoded(decode_raster),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
