@@ -324,7 +324,7 @@ def test_maps_without_a_gradient_are_made_in_parts_and_are_the_same(monkeypatch)
     q, k = (torch.randn(2, 3, 17, 8, generator=numbers) for _ in range(2))
     expected = (q @ k.mT * 8**-0.5).softmax(dim=-1)
     for at_once in (1, 2 * 3 * 17 * 5, 1 << 21):
-        monkeypatch.setattr(attention, "_AT_ONCE", at_once)
+        monkeypatch.setattr(attention, "_ROWS_AT_ONCE", at_once)
         torch.testing.assert_close(attention.attention_maps(q, k), expected, rtol=0, atol=1e-6)
     learning = q.requires_grad_()
     maps = attention.attention_maps(learning, k)

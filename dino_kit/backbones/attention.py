@@ -11,6 +11,7 @@ from torch import Tensor
 
 _LARGEST_MAP = 1 << 20  # numbers of one head's map, beyond which PyTorch's kernel is the faster one
 _AT_ONCE = 1 << 21  # numbers of the maps that are held at a time: 4 MB
+_ROWS_AT_ONCE = 1 << 19  # the same where the maps themselves are what is wanted: 2 MB
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def attention_maps(q: Tensor, k: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return (q @ k.mT * scale).softmax(dim=-1)
     maps = q.new_empty(*q.shape[:3], k.shape[2])
-    rows = max(1, _AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    rows = max(1, _ROWS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
     for own, part in zip(maps.split(rows, dim=2), q.split(rows, dim=2), strict=True):
         own.copy_((part @ k.mT).mul_(scale).softmax(dim=-1))
     return maps
