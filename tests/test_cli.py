@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from dino_kit import cli
+from dino_kit.config import command_line
 from dino_kit.config import fields
 from dino_kit.config.commands import COMMANDS
 from dino_kit.config.train import TrainConfig
@@ -21,7 +22,7 @@ PYTHON = [sys.executable, "-m", "dino_kit"]
 
 
 def parse(line: str):
-    return cli.parse(*cli._named(shlex.split(line)))
+    return cli.parse(*command_line.named(shlex.split(line)))
 
 
 def refusal(line: str) -> str:

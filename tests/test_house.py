@@ -54,6 +54,7 @@ FLOORS = {
     "dino_kit.preparation": 5,
     "dino_kit.assemble": 6,
     "dino_kit.bench": 6,
+    "dino_kit.cluster": 6,
     "dino_kit.evaluation": 6,
     "dino_kit.reporting": 6,
     "dino_kit.commands": 7,
