@@ -6,6 +6,7 @@ import json
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dino_kit.errors import UserError
 
 _NODES, _GPUS = 2, 8  # of the reference's launcher, for its one command
 JOBS = "jobs"
+_METRICS = ("step", "epoch", "state", "loss", "lr", "skipped", "images_per_second")
 
 
 def slurm(config: SlurmConfig) -> int:
@@ -197,7 +199,7 @@ def status(config: StatusConfig) -> int:
     for entry in last:
         now = state.state_of(entry, folder)
         log.say(f"job {entry.job}: {now}")
-        log.say(f"  {shlex.join(['dino-kit', *entry.words])}")
+        log.say(f"  {textwrap.shorten(shlex.join(['dino-kit', *entry.words]), 200)}")
         if now.ended and not failures:
             failures = waiting.verdict(entry, folder, now)
     _say_metrics(run / "metrics.jsonl")
@@ -216,9 +218,10 @@ def _say_metrics(path: Path) -> None:
             values = json.loads(line)
         except ValueError:
             continue
+        told = [(name.replace("_", " "), values[name]) for name in _METRICS if name in values]
         shown = [
-            f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in values.items()
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in told
         ]
         log.say(f"newest metrics: {', '.join(shown)}")
         return
