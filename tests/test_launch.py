@@ -32,7 +32,9 @@ def parsed(line: str):
 
 
 def dry(capsys, line: str) -> str:
-    assert cli.main([*line.split(), "--dry_run"] if " -- " not in line else line.split()) == 0
+    """What a launch would start; ``line`` has its own flags first."""
+    words = line.split()
+    assert cli.main([*words[:2], "--dry_run", *words[2:]]) == 0
     return capsys.readouterr().out
 
 
@@ -94,7 +96,7 @@ def test_a_job_on_cpus_asks_for_no_gpus(capsys, tmp_path):
 def test_an_array_has_a_job_for_each_checkpoint(capsys, tmp_path):
     shown = dry(
         capsys,
-        f"launch slurm --dry_run --array -- knn {tmp_path}/a.pth {tmp_path}/b.pth --data_path d",
+        f"launch slurm --array -- knn {tmp_path}/a.pth {tmp_path}/b.pth --data_path d",
     )
     assert "#SBATCH --array=0-1%2\n" in shown and "#SBATCH --nodes=1\n" in shown
     assert "#SBATCH --gpus-per-node=1\n" in shown
@@ -341,7 +343,9 @@ def test_a_failure_here_is_told_with_what_the_process_said(tmp_path, capsys):
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_here_lets_all_processes_save_and_the_same_command_goes_on(tmp_path, number):
     out = tmp_path / "out"
     words = ["--tasks_per_node", "2", "--", "train", *DIGITS, "--output_dir", str(out),

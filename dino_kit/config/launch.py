@@ -75,11 +75,11 @@ class Cluster:
         "YAML file of flags of this command that hold for a site; flags given here win over it.",
     )
     nodes: int | None = option(
-        None, "Nodes.", low=1, nothing="2 for train, as in the reference; else 1"
+        None, "Nodes of the cluster.", low=1, nothing="2 for train, as in the reference; else 1"
     )
     timeout: int = option(2800, "Minutes after which Slurm ends the job; it is then queued anew.", low=1)
-    partition: str | None = option(None, "Partition.", nothing="the site's own")
-    account: str | None = option(None, "Account.", nothing="the user's own")
+    partition: str | None = option(None, "Partition of the cluster.", nothing="the site's own")
+    account: str | None = option(None, "Account that pays.", nothing="the user's own")
     qos: str | None = option(None, "Quality of service.", nothing="the site's own")
     constraint: str | None = option(None, "Features that the nodes must have.")
     use_volta32: bool = option(
@@ -89,7 +89,7 @@ class Cluster:
     job_name: str = option("dino", "Name of the job.")
     cpus_per_task: int = option(10, "CPU cores of each process.", low=1)
     mem_gb: float | None = option(
-        None, "Memory of a node.", above=0, nothing=f"{GB_PER_GPU} for each GPU; else the site's own"
+        None, "Gigabytes of memory of each node.", above=0, nothing=f"{GB_PER_GPU} for each GPU; else the site's own"
     )
     signal_delay: int = option(
         120, "Seconds before the end of its time at which the job is warned, and saves.", low=1
