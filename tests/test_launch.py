@@ -200,6 +200,16 @@ def test_a_job_is_a_few_words_that_can_be_pickled_and_queued_again():
     assert job.Job.__submitit_checkpoint__ is job.Job.checkpoint
 
 
+def test_a_run_that_begins_anew_does_so_once(monkeypatch):
+    begins = job.Job(["train", "--resume", "never"])
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert begins.words_now() == begins.words
+    assert begins.checkpoint().function.words_now()[-1] == "--resume=auto"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again without our asking
+    assert begins.words_now()[-1] == "--resume=auto"
+    assert job.Job(["knn", "x"]).words_now() == ("knn", "x")
+
+
 @posix
 @pytest.mark.parametrize("rank, refused", [(0, False), (0, True), (1, False)])
 def test_only_the_main_process_asks_for_a_requeue_and_none_leaves_an_error(tmp_path, rank, refused):

@@ -46,11 +46,17 @@ class Job:
         os.environ.update(process_group(environment, self.starts))
         _take_signals(environment)
         # By its name, because the command line stands above everything that it can start.
-        status = importlib.import_module("dino_kit.cli").main(self.words)
+        status = importlib.import_module("dino_kit.cli").main(self.words_now())
         if status:
             line = shlex.join(["dino-kit", *self.words])
             raise RunFailed(f"{line} ended with status {status}")
         return status
+
+    def words_now(self) -> tuple[str, ...]:
+        """The command line of this start: what was to begin anew did so at the first one."""
+        again = self.starts or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        flags = {word.partition("=")[0] for word in self.words}
+        return (*self.words, "--resume=auto") if again and "--resume" in flags else self.words
 
     def checkpoint(self) -> Any:
         """What is queued again: the same command, which goes on where its folder says."""

@@ -113,11 +113,23 @@ def jobs(tmp_path_factory):
         "killed": Launched(root / "killed", *TWO, fault="die:1:10"),
         "whole": Launched(root / "whole", *TWO),
     }  # fmt: skip
+    signal_from_the_start(started["cancelled"])
     yield started
     for job in started.values():
         if job.process.poll() is None:
             subprocess.run(["scancel", job.id], check=False)
             job.process.kill()
+
+
+def signal_from_the_start(job: Launched) -> None:
+    """Send what would end a process whose handlers are not in place yet."""
+    until(lambda: "JobState=RUNNING" in scontrol("show", "job", job.id))
+    for _ in range(20):
+        for name in ("TERM", "USR2"):
+            subprocess.run(["scancel", f"--signal={name}", job.id], check=False)
+        if "Starting with" in job.log():
+            break
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +184,7 @@ def test_a_killed_process_ends_the_job_and_that_is_told(jobs):
     assert f"job {jobs['killed'].id}" in complained.lower() and "FAILED" in jobs["killed"].ended()[1]
 
 
-def test_a_cancelled_job_is_not_waited_for(jobs):
+def test_a_signal_before_a_job_heeds_it_does_no_harm_and_a_cancelled_one_is_not_waited_for(jobs):
     jobs["cancelled"].holds()
     subprocess.run(["scancel", jobs["cancelled"].id], check=True)
     status, _, complained = jobs["cancelled"].ended()
