@@ -6,16 +6,16 @@ import errno
 import importlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from dino_kit import log
 from dino_kit.config import fields, recipe
+from dino_kit.config.command_line import named, parse
 from dino_kit.config.commands import COMMANDS, Command
-from dino_kit.config.train import SAME_THING, TrainConfig
-from dino_kit.errors import RunFailed, UserError
+from dino_kit.errors import Interrupted, RunFailed, UserError
 
 _REFUSED_BY_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
     0 is success, 1 a run that had to stop or a check that found a fault, 2 a fault of the input,
-    130 an interruption.
+    128 + its number a signal that it stopped for, as 130 for an interruption from the keyboard.
     """
     try:
         status = _main(list(sys.argv[1:] if arguments is None else arguments))
@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("dino-kit: interrupted.", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except Interrupted as error:
+        print(f"dino-kit: stopped by {signal.Signals(error.number).name}.", file=sys.stderr)
+        return 128 + error.number
     except BrokenPipeError:
         # The reader of the output has gone, as `| head` does; nothing is left to say to it, and
         # the interpreter's own flush at its end must not fail either.
@@ -83,7 +86,7 @@ def _main(words: list[str]) -> int:
 
         print(f"dino-kit {version('dino_kit')}")
         return 0
-    name, words = _named(words)
+    name, words = named(words)
     if name not in COMMANDS:
         print(_overview(name))
         return 0
@@ -99,103 +102,6 @@ def _main(words: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, function = command.function.split(":")
     return getattr(importlib.import_module(module), function)(config) or 0
-
-
-def _named(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that ``words`` begin with, and the words after it.
-
-    It is in the table; or where only help is wanted of a command of several parts, its first word.
-
-    Raises:
-        UserError: there is no such command.
-    """
-    first, second = words[0], " ".join(words[:2])
-    if first in COMMANDS:
-        return first, list(words[1:])
-    if second in COMMANDS:
-        return second, list(words[2:])
-    parts = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
-    if not parts:
-        known = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-        raise UserError(
-            f"{first!r} is no command; there are {', '.join(known)}{fields.nearest(first, known)}"
-        )
-    if set(words[1:]) <= {"--help", "-h"}:
-        return first, []
-    raise UserError(
-        f"dino-kit {first} takes one of {', '.join(parts)}, and got {words[1]!r}"
-        f"{fields.nearest(words[1], parts)}"
-    )
-
-
-def parse(name: str, words: Sequence[str]) -> Any:
-    """The configuration of command ``name`` from the words after it.
-
-    Raises:
-        UserError: the words do not fit the command.
-    """
-    command = COMMANDS[name]
-    given, loose = _split(name, command, words)
-    values: dict[str, Any] = {}
-    positionals = fields.marked(command.schema, "positional")
-    if command.takes_recipe and len(loose) > len(set(positionals) - set(given)):
-        # A recipe is a run's; a command that needs less of it leaves the rest.
-        known = fields.names(command.schema)
-        written = recipe.read(TrainConfig, loose.pop(0))
-        values |= {key: value for key, value in written.items() if key in known}
-        for flag in given:
-            values.pop(SAME_THING.get(flag), None)
-    for positional in positionals:
-        if loose:
-            given[positional] = [loose.pop(0)]
-    if loose:
-        raise UserError(f"{loose[0]!r} belongs to no flag; see dino-kit {name} --help.")
-    idle = [flag for flag in given if flag in command.without_effect]
-    for flag in given:
-        if flag not in idle:
-            values[flag] = fields.convert_words(command.schema, flag, given[flag])
-    config = fields.create(command.schema, values, command.missing_ok)
-    for flag in idle:
-        log.notice(f"--{flag} has no effect: {command.without_effect[flag]}.")
-    return config
-
-
-def _split(
-    name: str, command: Command, words: Sequence[str]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Words by the flag they follow, and those that follow none; the last of two flags counts."""
-    given: dict[str, list[str]] = {}
-    loose: list[str] = []
-    switches = fields.marked(command.schema, "switch")
-    flag, room = "", 0  # the last flag, and how many words it still takes
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            text, equals, value = word[2:].partition("=")
-            flag = _known_flag(name, command, text)
-            given[flag] = [value] if equals else []
-            many = flag not in command.without_effect and fields.takes_many(command.schema, flag)
-            room = 0 if equals else len(words) if many else 1
-        elif room and (flag not in switches or word.lower() in fields.TRUE + fields.FALSE):
-            given[flag].append(word)
-            room -= 1
-        elif len(word) > 1 and word.startswith("-"):
-            raise UserError(f"dino-kit {name} has no flag {word}; see dino-kit {name} --help.")
-        else:
-            room = 0
-            loose.append(word)
-    return given, loose
-
-
-def _known_flag(name: str, command: Command, text: str) -> str:
-    """The field that ``--text`` sets, with ``-`` for ``_`` or without."""
-    flag = text.replace("-", "_")
-    known = [*fields.names(command.schema), *command.without_effect]
-    if flag not in known:
-        hint = fields.nearest(flag, known, prefix="--")
-        if hint == ".":
-            hint = f"; see dino-kit {name} --help."
-        raise UserError(f"dino-kit {name} has no flag --{text}{hint}")
-    return flag
 
 
 def _overview(first: str = "") -> str:
@@ -229,8 +135,10 @@ def _overview(first: str = "") -> str:
 def _help(name: str, command: Command) -> str:
     width = min(max(shutil.get_terminal_size().columns, 60), 100)
     words = ["[RECIPE]"] if command.takes_recipe else []
-    words += [positional.upper() for positional in fields.marked(command.schema, "positional")]
-    lines = [f"usage: dino-kit {' '.join([name, *words])} [flags]", ""]
+    positionals = [name.upper() for name in fields.marked(command.schema, "positional")]
+    # The command that another one starts comes last, with flags of its own.
+    words += ["[flags] --", *positionals, "..."] if command.takes_command else [*positionals, "[flags]"]
+    lines = [f"usage: dino-kit {' '.join([name, *words])}", ""]
     lines += textwrap.wrap(f"{command.summary[0].upper()}{command.summary[1:]}.", width)
     lines += ["", *(f"  {example}" for example in command.examples)]
     if command.takes_recipe:

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from dino_kit import cli
+from dino_kit.config import command_line
 from dino_kit.config import fields
 from dino_kit.config.commands import COMMANDS
 from dino_kit.config.train import TrainConfig
@@ -21,7 +22,7 @@ PYTHON = [sys.executable, "-m", "dino_kit"]
 
 
 def parse(line: str):
-    return cli.parse(*cli._named(shlex.split(line)))
+    return cli.parse(*command_line.named(shlex.split(line)))
 
 
 def refusal(line: str) -> str:
@@ -205,7 +206,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "dino-kit: error: 'trian' is no command; there are quickstart, train, check-data, recipe, "
-        "knn, linear, attention, report, config, bench; did you mean train?\n"
+        "knn, linear, attention, report, launch, config, bench; did you mean train?\n"
     )
 
 

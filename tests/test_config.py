@@ -16,6 +16,7 @@ from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
 from dino_kit.config.crops import Crops
 from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
+from dino_kit.config.launch import SlurmConfig
 from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.errors import UserError
 
@@ -387,6 +388,10 @@ def test_every_field_is_read_by_its_command(name):
         modules += ["training/run", "commands/train"]
     if issubclass(schema, Checkpoint):
         modules += ["evaluation"]
-    by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights"}
+    if issubclass(schema, SlurmConfig):
+        modules += ["cluster/submission"]
+    by_other_names = {"checkpoint": "weights", "pretrained_weights": "weights",
+                      "gpus_per_node": "gpus", "ngpus": "gpus"}  # fmt: skip
     wanted = {by_other_names.get(field, field) for field in fields.names(schema)}
+    wanted.discard("profile")  # read with the words of the command line
     assert wanted - set().union(*map(names_read, modules)) == set()

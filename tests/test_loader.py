@@ -197,6 +197,20 @@ def process_number(image, parameters):
     return torch.full((3, parameters.size, parameters.size), os.getpid(), dtype=torch.float64)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(0, 20), st.integers(2, 4), st.integers(0, 2**40))
+def test_several_processes_take_each_image_once_and_repeat_none(share, more, world_size, seed):
+    """The reference's sampler repeats images, so that each process has as many."""
+    batch = share * world_size
+    count = batch + more
+    options = {"count": count, "groups": ONE, "seed": seed, "total_batch_size": batch, "epochs": 1}
+    loaders = [load(rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    steps = {len(loader) for loader in loaders}
+    assert steps == {count // batch} == {len(load(**options))}
+    taken = [index for places in by_place(*loaders) for index in images(places)]
+    assert len(taken) == len(set(taken)) == count - count % batch
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch_size_per_gpu", [1, 3, 8])
 def test_processes_and_accumulation_change_nothing(world_size, batch_size_per_gpu):

@@ -14,6 +14,7 @@ from dino_kit.config.bench import (
 from dino_kit.config.check import CheckConfig
 from dino_kit.config.evaluate import AttentionConfig, KnnConfig, LinearConfig, QuickstartConfig
 from dino_kit.config.fields import option
+from dino_kit.config.launch import LocalConfig, SlurmConfig, StatusConfig
 from dino_kit.config.propose import RecipeConfig
 from dino_kit.config.report import ReportConfig
 from dino_kit.config.train import TrainConfig
@@ -41,6 +42,7 @@ class Command:
     summary: str
     examples: tuple[str, ...]
     takes_recipe: bool = False
+    takes_command: bool = False  # another command's line follows its own flags
     missing_ok: bool = False  # required fields may be left out
     # Flags of the reference that have no meaning here, each with the reason.
     without_effect: dict[str, str] = field(default_factory=dict)
@@ -115,6 +117,29 @@ COMMANDS = {
         "dino_kit.commands.report:run",
         "a run as one page: what became of it, curves, attention, neighbours, recipe, results",
         ("dino-kit report OUT",),
+    ),
+    "launch slurm": Command(
+        SlurmConfig,
+        "dino_kit.commands.launch:slurm",
+        "run a command as a job of a Slurm cluster, on several nodes, through every requeue",
+        (
+            "dino-kit launch slurm --profile mine.yaml -- train --data_path FOLDER --output_dir OUT",
+            "dino-kit launch slurm --array -- knn OUT/checkpoint*.pth --data_path FOLDER",
+        ),
+        takes_command=True,
+    ),
+    "launch local": Command(
+        LocalConfig,
+        "dino_kit.commands.launch:local",
+        "run a command as the same kind of job on this machine, in several processes",
+        ("dino-kit launch local --gpus_per_node 2 -- train --data_path FOLDER --output_dir OUT",),
+        takes_command=True,
+    ),
+    "launch status": Command(
+        StatusConfig,
+        "dino_kit.commands.launch:status",
+        "what became of the last job of a folder: its state, log and newest metrics",
+        ("dino-kit launch status OUT",),
     ),
     "config": Command(
         ConfigConfig,

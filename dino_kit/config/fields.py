@@ -320,7 +320,7 @@ def _allowed(kind: Any, field: dataclasses.Field) -> str:
         what = "one number, or three (first global, second global, local views)"
     else:
         what = "one or more" if Ellipsis in inner else str(len(inner))
-        what += " whole numbers" if inner[0] is int else " numbers"
+        what += {int: " whole numbers", str: " words"}.get(inner[0], " numbers")
     return what + (limits and f", each{limits}")
 
 

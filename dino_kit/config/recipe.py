@@ -49,20 +49,38 @@ def read(schema: type, recipe: str) -> dict[str, Any]:
         UserError: it is no flat mapping of the schema's fields, a key stands twice, or a value
             does not fit.
     """
+    return _read(schema, f"recipe {recipe}", text_of(recipe))
+
+
+def read_file(schema: type, path: str, kind: str) -> dict[str, Any]:
+    """The same of a file of flags that is no recipe; ``kind`` says what it is.
+
+    Raises:
+        UserError: as :func:`read`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(f"The {kind} {path!r} is no YAML file that can be read.") from None
+    return _read(schema, f"{kind} {path}", text)
+
+
+def _read(schema: type, source: str, text: str) -> dict[str, Any]:
+    """``source`` says in a sentence where the ``text`` is from."""
     known = fields.names(schema)
     values: dict[str, Any] = {}
-    for line, key, value in _entries(recipe, text_of(recipe)):
+    for line, key, value in _entries(source, text):
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(
-                f"The recipe {recipe} has in line {line} the key {str(key)!r}, which is no setting"
+                f"The {source} has in line {line} the key {str(key)!r}, which is no setting"
                 f"{nearest(name, known)}"
             )
         if name in values:
             raise UserError(
-                f"The recipe {recipe} has the key {name} twice, again in line {line}; keep one."
+                f"The {source} has the key {name} twice, again in line {line}; keep one."
             )
-        values[name] = fields.convert(schema, name, value, f"{name} in the recipe {recipe}")
+        values[name] = fields.convert(schema, name, value, f"{name} in the {source}")
     return values
 
 
@@ -99,7 +117,7 @@ def written(value: Any) -> str:
     return written.removesuffix("\n").removesuffix("\n...")
 
 
-def _entries(recipe: str, text: str) -> list[tuple[int, Any, Any]]:
+def _entries(source: str, text: str) -> list[tuple[int, Any, Any]]:
     """Line, key and value in the order of the file; YAML itself lets the last of two keys win."""
     import yaml
 
@@ -113,7 +131,7 @@ def _entries(recipe: str, text: str) -> list[tuple[int, Any, Any]]:
         if node is None:
             return []
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"The recipe {recipe} should be lines of `name: value`.")
+            raise UserError(f"The {source} should be lines of `name: value`.")
         return [
             (
                 key.start_mark.line + 1,
@@ -126,4 +144,4 @@ def _entries(recipe: str, text: str) -> list[tuple[int, Any, Any]]:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise UserError(f"The recipe {recipe} is no YAML{line}: {problem}.") from error
+        raise UserError(f"The {source} is no YAML{line}: {problem}.") from error

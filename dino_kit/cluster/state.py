@@ -1,0 +1,126 @@
+"""What has become of a job: Slurm's word first, then the files that its processes left.
+
+The files alone do not say. A job that was killed leaves none, and one that lost its nodes and is
+in the queue again may have left the errors of processes that saw the others disappear.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino_kit.cluster.submission import Submitted
+
+# Slurm's names of states after which nothing comes (squeue's and sacct's manuals).
+ENDED = frozenset(
+    ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
+)
+UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True)
+class State:
+    """A job's state, by Slurm's name of it, and what else is known."""
+
+    name: str
+    nodes: str = ""
+    reason: str = ""
+    elapsed: str = ""
+    restarts: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.name in ENDED
+
+    def __str__(self) -> str:
+        told = self.name
+        told += f" on {self.nodes}" if self.nodes and not self.ended else ""
+        told += f" for {self.elapsed}" if self.elapsed and not self.ended else ""
+        told += f" after {self.elapsed}" if self.elapsed and self.ended else ""
+        told += f" ({self.reason})" if self.reason else ""
+        if self.restarts:
+            told += f", started again {self.restarts} time{'s' if self.restarts > 1 else ''}"
+        return told
+
+
+def state_of(entry: Submitted, folder: Path) -> State:
+    """The state of a job now; :data:`UNKNOWN` where nobody knows of it."""
+    return _local(entry, folder) if entry.cluster == "local" else _slurm(entry.job)
+
+
+def _slurm(job: str) -> State:
+    """By scontrol, which knows of a job until some minutes after its end; then by sacct."""
+    shown = _output("scontrol", "show", "job", "-o", job)
+    told = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    if "JobState" in told:
+        reason = told.get("Reason", "None")
+        nodes = told.get("NodeList", "(null)")
+        return State(
+            told["JobState"],
+            "" if nodes == "(null)" else nodes,
+            "" if reason == "None" else reason,
+            told.get("RunTime", ""),
+            int(told.get("Restarts", "0")),
+        )
+    accounted = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,Elapsed")
+    for line in reversed(accounted.splitlines()):
+        name, nodes, elapsed = line.split("|")
+        # "CANCELLED by 0" says by whom.
+        return State(name.split()[0], nodes, elapsed=elapsed)
+    return State(UNKNOWN)
+
+
+def _output(*command: str) -> str:
+    """What a program printed; nothing where it is not here, failed, or did not answer."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _local(entry: Submitted, folder: Path) -> State:
+    kinds = [result_of(entry, folder, task)[0] for task in range(entry.tasks)]
+    if None not in kinds:
+        return State("FAILED" if "error" in kinds else "COMPLETED")
+    if entry.host != socket.gethostname():
+        return State(UNKNOWN, reason=f"it runs on {entry.host}")
+    return State("RUNNING" if _is_running(int(entry.job)) else "FAILED")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def result_of(entry: Submitted, folder: Path, task: int) -> tuple[str | None, str]:
+    """How a process ended (``success``, ``error``, None where it left no word), and its traceback."""
+    path = entry.path(folder, "result_pickle", task)
+    try:
+        with open(path, "rb") as file:
+            kind, value = pickle.load(file)
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return None, ""
+    return kind, str(value) if kind == "error" else ""
+
+
+def first_error(entry: Submitted, folder: Path) -> tuple[int, str] | None:
+    """The process that failed first, and its traceback: the others' errors follow from that."""
+    found = []
+    for task in range(entry.tasks):
+        kind, text = result_of(entry, folder, task)
+        if kind == "error":
+            found.append((entry.path(folder, "result_pickle", task).stat().st_mtime, task, text))
+    return min(found)[1:] if found else None

@@ -1,0 +1,372 @@
+"""``dino-kit launch``: words to jobs, and jobs on this machine; tests/slurm has those of a Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_interruption import posix
+from tiny_run import TINY
+
+from dino_kit import cli, files
+from dino_kit.cluster import job, state, submission, waiting
+from dino_kit.cluster.state import State
+from dino_kit.config import command_line
+from dino_kit.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+DIGITS = [*TINY, "--in_chans", "3", "--data_path", "digits", "--warmup_epochs", "0",
+          "--probe_freq", "0", "--total_batch_size", "64", "--epochs", "1"]  # fmt: skip
+
+
+def parsed(line: str):
+    return command_line.parse(*command_line.named(line.split()))
+
+
+def dry(capsys, line: str) -> str:
+    """What a launch would start; ``line`` has its own flags first."""
+    words = line.split()
+    assert cli.main([*words[:2], "--dry_run", *words[2:]]) == 0
+    return capsys.readouterr().out
+
+
+# From words to a job
+
+
+def test_a_published_line_of_the_reference_runs_train_on_two_nodes(capsys, tmp_path):
+    shown = dry(
+        capsys,
+        "launch slurm --nodes 2 --ngpus 8 --use_volta32 --timeout 300 --partition p --comment c "
+        f"--arch vit_small --patch_size=16 --data_path d --output_dir {tmp_path}/out",
+    )
+    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=300",
+                 "--partition=p", "--comment=c", "--constraint=volta32gb", "--cpus-per-task=10",
+                 "--mem=327680MB", "--requeue", "--signal=USR2@120"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in shown
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in shown
+    assert "--kill-on-bad-exit=1" in shown
+    assert "arch: vit_small" in shown and "patch_size: 16" in shown and "data_path: d" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_a_profile_knows_a_site(capsys, tmp_path):
+    plain = dry(capsys, f"launch slurm --data_path d --output_dir {tmp_path}")
+    for name in ("partition", "account", "qos", "constraint", "comment"):
+        assert f"--{name}" not in plain
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "partition: gpu\naccount: me\nqos: q\nnodes: 3\nsetup: [module load cuda, 'true']\n"
+        "container: apptainer exec --nv x.sif\npython: python3\nsbatch_args: [reservation=r, "
+        "exclusive]\nsrun_args: [mpi=none]\n"
+    )
+    shown = dry(
+        capsys,
+        f"launch slurm --profile {profile} --nodes 1 --data_path d --output_dir {tmp_path}",
+    )
+    for line in ("--partition=gpu", "--account=me", "--qos=q", "--nodes=1", "--reservation=r",
+                 "--exclusive"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in shown
+    assert "\nmodule load cuda\ntrue\n" in shown
+    assert "--mpi=none apptainer exec --nv x.sif sh -c" in shown and "exec python3" in shown
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/clusters").glob("*.yaml")), ids=str)
+def test_the_profiles_that_are_shown_can_be_read(capsys, tmp_path, path):
+    shown = dry(capsys, f"launch slurm --profile {path} --data_path d --output_dir {tmp_path}")
+    assert "#SBATCH --partition=gpu" in shown
+
+
+def test_a_job_on_cpus_asks_for_no_gpus(capsys, tmp_path):
+    shown = dry(
+        capsys,
+        f"launch slurm --nodes 1 --tasks_per_node 2 --data_path d --output_dir {tmp_path}",
+    )
+    assert "gpus" not in shown.partition("# dino-kit")[0] and "--mem" not in shown
+    assert "#SBATCH --ntasks-per-node=2\n" in shown
+
+
+def test_an_array_has_a_job_for_each_checkpoint(capsys, tmp_path):
+    shown = dry(
+        capsys,
+        f"launch slurm --array -- knn {tmp_path}/a.pth {tmp_path}/b.pth --data_path d",
+    )
+    assert "#SBATCH --array=0-1%2\n" in shown and "#SBATCH --nodes=1\n" in shown
+    assert "#SBATCH --gpus-per-node=1\n" in shown
+    for name in "ab":
+        assert f"# dino-kit knn {tmp_path}/{name}.pth --data_path d\n" in shown
+
+
+def test_the_command_is_divided_where_the_two_dashes_are():
+    config = parsed("launch slurm --nodes 1 -- dino-kit train vits8 --data_path d --output_dir o")
+    assert config.command == ("train", "vits8", "--data_path", "d", "--output_dir", "o")
+    config = parsed("launch slurm vits8 --wait --data_path d --nodes=4 --output_dir o --wait false")
+    assert config.command == ("train", "vits8", "--data_path", "d", "--output_dir", "o")
+    assert (config.nodes, config.wait) == (4, False)
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("slurm --nodes 0 -- knn x", "--nodes is '0'; it takes a whole number from 1."),
+        ("slurm --", "After -- a command is missing"),
+        ("slurm -- tarin", "'tarin' is no command"),
+        ("slurm -- launch local -- knn", "'launch' cannot be launched"),
+        ("slurm --partiton p -- knn", "no flag --partiton; did you mean --partition?"),
+        ("slurm --nodes 2 --data_path d", "--output_dir is missing."),
+        ("slurm -- train --data_path d --output_dir o --epoch 3", "did you mean --epochs?"),
+        ("slurm --ngpus 2 --gpus_per_node 4 -- knn", "--ngpus 2 contradicts --gpus_per_node 4"),
+        ("slurm --ngpus 2 --tasks_per_node 4 -- knn", "--tasks_per_node 4 contradicts 2 GPUs"),
+        ("slurm --use_volta32 --constraint x -- knn", "--use_volta32 contradicts --constraint x"),
+        ("slurm --srun_args --mpi=none -- knn", "no flag --mpi"),
+        ("slurm --array -- knn --data_path d", "there is none: name checkpoints there"),
+        ("slurm --profile missing.yaml -- knn x", "The profile 'missing.yaml' is no YAML file"),
+        ("slurm -- config", "dino-kit config has no folder of its own; give --job_dir"),
+        ("status", "A folder is missing"),
+        ("status nowhere", "No job was launched for nowhere"),
+        ("cluster", "dino-kit launch takes one of slurm, local, status, and got 'cluster'"),
+    ],
+)
+def test_faults_are_told_before_anything_is_started(capsys, tmp_path, monkeypatch, line, told):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["launch", *line.split()]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_profile_names_its_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("nodes: 2\nparttion: gpu\n")
+    with pytest.raises(UserError, match="The profile .* has in line 2 the key 'parttion'"):
+        parsed(f"launch slurm --profile {tmp_path}/mine.yaml --data_path d --output_dir o")
+
+
+def test_where_there_is_no_slurm_that_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["launch", "slurm", "--data_path", "d", "--output_dir", f"{tmp_path}/out"]) == 2
+    assert "sbatch and srun are not here" in capsys.readouterr().err
+
+
+def test_the_command_line_is_told_without_torch_and_submitit(tmp_path):
+    program = (
+        "import sys; from dino_kit import cli;"
+        "cli.main(['launch', 'slurm', '--nodes', '0', '--', 'knn']);"
+        "sys.exit(bool({'torch', 'submitit'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# In the processes of a job
+
+
+def environment(tmp_path, rank: int = 1, name: str = "slurm"):
+    return SimpleNamespace(
+        job_id="12_3", global_rank=rank, num_tasks=4, local_rank=1, hostnames=["a", "b"],
+        cluster=name, USR_SIG="USR2", paths=SimpleNamespace(result_pickle=tmp_path / "result.pkl"),
+    )  # fmt: skip
+
+
+def test_processes_agree_on_a_port_which_changes_with_each_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ports = set()
+    for restarts in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        found = [job.process_group(environment(tmp_path, rank), 0) for rank in range(4)]
+        assert [group["RANK"] for group in found] == list("0123")
+        assert {group["MASTER_ADDR"] for group in found} == {"a"}
+        (port,) = {group["MASTER_PORT"] for group in found}
+        ports.add(port)
+        assert 20_000 <= int(port) < 32_000
+    assert len(ports) == 4
+    assert job.process_group(environment(tmp_path), 1)["MASTER_PORT"] not in ports
+
+
+def test_a_process_that_sees_only_its_own_gpu_takes_it(tmp_path, monkeypatch):
+    for shown, local in (("0,1", "1"), ("1", "0")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert job.process_group(environment(tmp_path), 0)["LOCAL_RANK"] == local
+
+
+def test_a_job_is_a_few_words_that_can_be_pickled_and_queued_again():
+    first = job.Job(["train", "--epochs", "3"])
+    again = pickle.loads(pickle.dumps(first)).checkpoint().function
+    assert (again.words, again.starts) == (first.words, 1)
+    assert job.Job.__submitit_checkpoint__ is job.Job.checkpoint
+
+
+def test_a_run_that_begins_anew_does_so_once(monkeypatch):
+    begins = job.Job(["train", "--resume", "never"])
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert begins.words_now() == begins.words
+    assert begins.checkpoint().function.words_now()[-1] == "--resume=auto"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again without our asking
+    assert begins.words_now()[-1] == "--resume=auto"
+    assert job.Job(["knn", "x"]).words_now() == ("knn", "x")
+
+
+@posix
+@pytest.mark.parametrize("rank, refused", [(0, False), (0, True), (1, False)])
+def test_only_the_main_process_asks_for_a_requeue_and_none_leaves_an_error(tmp_path, rank, refused):
+    asked = []
+
+    def handler(number, frame):
+        asked.append(number)
+        if refused:  # where Slurm has queued the job again itself
+            raise subprocess.CalledProcessError(1, "scontrol")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        job._take_signals(environment(tmp_path, rank))
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGUSR2)
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+    assert ended.value.code == 0
+    assert asked == ([signal.SIGUSR2] if rank == 0 else [])
+
+
+# Waiting
+
+
+def submitted(**changes) -> submission.Submitted:
+    values = {"job": "7", "cluster": "slurm", "words": ["train"], "tasks": 2, "host": "h", "time": 0}
+    return submission.Submitted(**(values | changes))
+
+
+def leave(folder: Path, task: int, kind: str, value: str = "") -> None:
+    path = submitted().path(folder, "result_pickle", task)
+    path.write_bytes(pickle.dumps((kind, value)))
+    os.utime(path, (100 - task, 100 - task))
+
+
+def wait(monkeypatch, folder: Path, *names: str) -> State:
+    """Wait for a job that has these states in turn, the last of them for ever."""
+    clock, states = [0], iter(names)
+    current = [""]
+
+    def state_of(entry, where):
+        current[0] = next(states, current[0])
+        return State(current[0])
+
+    def sleep(seconds):
+        clock[0] += seconds
+        assert clock[0] < 1000, "waited without end"
+
+    monkeypatch.setattr(waiting, "state_of", state_of)
+    monkeypatch.setattr(time, "sleep", sleep)
+    return waiting.wait(submitted(), folder)
+
+
+def test_a_job_that_is_queued_again_is_waited_for_whatever_its_files_say(tmp_path, monkeypatch):
+    leave(tmp_path, 1, "error", "lost the others")
+    final = wait(monkeypatch, tmp_path, "RUNNING", "FAILED", "PENDING", "RUNNING", "COMPLETED")
+    assert final.name == "COMPLETED"
+
+
+def test_a_job_of_which_nobody_knows_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    final = wait(monkeypatch, tmp_path, "RUNNING", "UNKNOWN")
+    assert "knows of job 7" in waiting.verdict(submitted(), tmp_path, final)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("OUT_OF_MEMORY", "--mem_gb"), ("CANCELLED", "was cancelled"), ("TIMEOUT", "ran out of time"),
+     ("NODE_FAIL", "lost a node"), ("DEADLINE", "ended as DEADLINE")],
+)  # fmt: skip
+def test_what_slurm_did_to_a_job_is_told_before_what_its_processes_say(tmp_path, name, told):
+    leave(tmp_path, 0, "error", "connection closed")
+    submitted().path(tmp_path, "stderr", 0).write_text("submitit WARNING x\nthe last words\n")
+    verdict = waiting.verdict(submitted(), tmp_path, State(name))
+    assert told in verdict and "the last words" in verdict and "submitit" not in verdict
+
+
+def test_the_first_error_is_the_cause(tmp_path):
+    leave(tmp_path, 0, "error", "connection closed")
+    leave(tmp_path, 1, "error", "the cause")
+    assert "Process 1 of job 7 failed:\nthe cause" in waiting.verdict(
+        submitted(), tmp_path, State("FAILED")
+    )
+
+
+def test_success_needs_the_word_of_slurm_and_of_all_processes(tmp_path):
+    leave(tmp_path, 0, "success")
+    assert "without leaving a result" in waiting.verdict(submitted(), tmp_path, State("COMPLETED"))
+    leave(tmp_path, 1, "success")
+    assert waiting.verdict(submitted(), tmp_path, State("COMPLETED")) == ""
+
+
+def test_slurm_is_asked_first_and_its_accounting_afterwards(monkeypatch):
+    answers = {"scontrol": "JobId=7 JobState=PENDING Reason=BeginTime Restarts=2 NodeList=(null)"}
+    monkeypatch.setattr(state, "_output", lambda *command: answers.get(command[0], ""))
+    found = state.state_of(submitted(), Path())
+    assert (found.name, found.reason, found.restarts) == ("PENDING", "BeginTime", 2)
+    answers = {"sacct": "CANCELLED by 0|node1|00:01:00\n"}
+    assert state.state_of(submitted(), Path()).ended
+    answers.clear()
+    assert state.state_of(submitted(), Path()).name == "UNKNOWN"
+
+
+# On this machine
+
+
+def launch(*words: str) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "dino_kit", "launch", "local", *words],
+        env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+@posix
+def test_a_job_of_two_processes_here(tmp_path, capsys):
+    out = tmp_path / "out"
+    running = launch("--tasks_per_node", "2", "--gpus_per_node", "0", "--snapshot", "--", "train",
+                     *DIGITS, "--output_dir", str(out))  # fmt: skip
+    said, complained = running.communicate(timeout=300)
+    assert running.returncode == 0, complained
+    assert "2 process(es)" in said and "look at it with" in said and "submitit" not in said
+    assert files.read_weights(out / "checkpoint.pth")["step"] == 22
+    (code,) = (out / "jobs").glob("code_*")
+    assert (code / "dino_kit/cli.py").is_file() and not list(code.rglob("__pycache__"))
+    assert cli.main(["launch", "status", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert ": COMPLETED\n" in shown and "newest metrics: step 22, epoch 0" in shown
+
+
+@posix
+def test_a_failure_here_is_told_with_what_the_process_said(tmp_path, capsys):
+    out = tmp_path / "out"
+    running = launch("--tasks_per_node", "1", "--", "train", *DIGITS, "--output_dir", str(out),
+                     "--data_path", str(tmp_path / "missing"))  # fmt: skip
+    _, complained = running.communicate(timeout=300)
+    assert running.returncode == 1
+    assert "ended with status 2" in complained and str(tmp_path / "missing") in complained
+    assert cli.main(["launch", "status", str(out)]) == 1
+
+
+@posix
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_here_lets_all_processes_save_and_the_same_command_goes_on(tmp_path, number):
+    out = tmp_path / "out"
+    words = ["--tasks_per_node", "2", "--", "train", *DIGITS, "--output_dir", str(out),
+             "--epochs", "40", "--log_every_steps", "1"]  # fmt: skip
+    running = launch(*words)
+    until = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(number)
+    _, complained = running.communicate(timeout=300)
+    assert running.returncode == 128 + number, complained
+    step = files.read_weights(out / "checkpoint.pth")["step"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < step < 40 * 22 and lines[-1]["step"] == step
