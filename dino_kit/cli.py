@@ -106,8 +106,9 @@ def _main(words: list[str]) -> int:
 
 def _overview(first: str = "") -> str:
     """All commands; or the parts of the one whose first word is given."""
+    width = max(map(len, COMMANDS)) + 2
     rows = [
-        f"  {name:<12}{command.summary}"
+        f"  {name:<{width}}{command.summary}"
         for name, command in COMMANDS.items()
         if name.startswith(f"{first} " if first else "")
     ]
