@@ -25,7 +25,7 @@ def run_together(*command: str, processes: int = 2) -> list[str]:
             )
         )  # fmt: skip
     try:
-        said = [process.communicate(timeout=300)[0] for process in started]
+        said = [process.communicate(timeout=120)[0] for process in started]
     finally:
         for process in started:
             process.kill()  # one that waits for another that has failed
