@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, log, sharding
 from dino_kit.backbones.build import create_backbone
+from dino_kit.batch_norm import synchronised
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
@@ -72,7 +73,7 @@ def assemble(
     files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
-    config = with_total_batch(with_mlp_grid(config), device)
+    config = with_total_batch(with_mlp_grid(config))
     distributed.start(device)
     lists = Path(config.output_dir) / LISTS
     source = open_training_source(
@@ -145,7 +146,7 @@ def with_mlp_grid(config: TrainConfig) -> TrainConfig:
     return replace(config, mlp_grid=config.mlp_grid or architectures.MLP_GRID)
 
 
-def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
+def with_total_batch(config: TrainConfig) -> TrainConfig:
     """``config`` with the total batch written out, so that it no longer depends on the machine."""
     if config.total_batch_size is None:
         total = config.batch_size_per_gpu * distributed.world_size()
@@ -156,11 +157,6 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
             f"--use_bn_in_head with a batch of {local} in parts of --batch_size_per_gpu "
             f"{config.batch_size_per_gpu} would normalise each part by itself, which is another "
             "method; raise --batch_size_per_gpu or lower --total_batch_size."
-        )
-    if config.use_bn_in_head and distributed.world_size() > 1 and device.type != "cuda":
-        raise UserError(
-            "--use_bn_in_head over several processes needs GPUs, because PyTorch cannot "
-            "synchronise a batch norm on CPUs; use one process or leave it off."
         )
     return config
 
@@ -266,7 +262,14 @@ def build_learner(
         backbone, student_head, teacher_backbone, teacher_head
     )
     if distributed.world_size() > 1:
-        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+        student, teacher = (synchronised(network, device) for network in (student, teacher))
+    plain = None
+    if config.fsdp and distributed.world_size() > 1:
+        plain = sharding.without_weights(teacher.backbone)
+        for network in (student, teacher):
+            sharding.shard(network, device)  # which moves it, part by part
+    elif config.fsdp:
+        log.notice("--fsdp has no effect on one process, which has to hold all weights.")
     student, teacher = student.to(device), teacher.to(device)
     student.backbone.checkpoint_activations = config.checkpoint_activations
     if config.compile:
@@ -299,6 +302,7 @@ def build_learner(
         clip_grad=config.clip_grad,
         precision=precision,
         seed=config.seed,
+        plain_backbone=plain,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dino_kit.errors import UserError
 
@@ -129,6 +129,17 @@ def all_gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts, dim=dim)
+
+
+def all_gather_plain(value: Any) -> list[Any]:
+    """The processes' values, any that can be pickled, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _reduced(tensor: torch.Tensor, operation: str) -> torch.Tensor:

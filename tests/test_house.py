@@ -28,6 +28,8 @@ FLOORS = {
     "dino_kit.schedules": 1,
     "dino_kit.ema": 1,
     "dino_kit.heads": 1,
+    "dino_kit.batch_norm": 1,
+    "dino_kit.sharding": 1,
     "dino_kit.normalize": 1,
     "dino_kit.geometry": 1,
     "dino_kit.backbones": 2,

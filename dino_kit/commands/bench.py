@@ -107,7 +107,7 @@ def step(config: BenchStepConfig) -> None:
     _require_place(config.json)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
-    config = with_total_batch(with_mlp_grid(config), device)
+    config = with_total_batch(with_mlp_grid(config))
     log.say(f"timing steps of {config.total_batch_size} images on {device} in {precision}")
     any_step = replace(config, freeze_last_layer=0)  # those of the first epoch are cheaper
     cost = measure_phases(
@@ -186,7 +186,7 @@ def fit(config: BenchFitConfig) -> int:
     _require_place(config.json)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
-    config = with_total_batch(with_mlp_grid(config), device)
+    config = with_total_batch(with_mlp_grid(config))
     source = open_training_source(config.data_path, download=config.download)
     batch = config.total_batch_size
     if batch > len(source):

@@ -16,7 +16,8 @@ from dino_kit.config.evaluate import KnnConfig
 from dino_kit.data.loader import default_workers
 from dino_kit.errors import UserError
 from dino_kit.evaluators.knn import knn
-from dino_kit.features import extract
+from dino_kit.evaluators.shares import joined_features
+from dino_kit.features import labels_of
 from dino_kit.weights import Loaded
 
 # The reference's four files of features, and one that says where they come from.
@@ -27,13 +28,15 @@ _ORIGIN = "features.json"
 def run(config: KnnConfig) -> None:
     """Classify each query by its neighbours; print a table and write it as JSON.
 
+    Of several processes each makes a share of the features; the main one searches.
+
     Raises:
         UserError: checkpoint, data and flags do not fit; nothing is written then.
     """
-    if not distributed.is_main():
-        return  # the first process does the work, which takes no process group
     files.require_folder("output_dir", config.output_dir)
     files.require_folder("dump_features", config.dump_features)
+    if config.load_features and not distributed.is_main():
+        return
     if config.load_features:
         target = Path(config.output_dir or config.load_features) / "knn.json"
         arrays, origin = _read(Path(config.load_features))
@@ -42,7 +45,14 @@ def run(config: KnnConfig) -> None:
     else:
         loaded = evaluation.load_checkpoint(config)
         target = Path(f"{evaluation.place(config.output_dir, loaded, 'knn')}.json")
-        arrays, origin = _extract(config, loaded, target)
+        device = distributed.choose_device(config.device)
+        try:
+            distributed.start(device)  # before the images are listed, which one process does
+            arrays, origin = _extract(config, loaded, target, device)
+        finally:
+            distributed.stop()
+        if not distributed.is_main():
+            return
 
     train, train_labels, test, test_labels = arrays
     with log.progress(len(test), "neighbours") as advance:
@@ -80,25 +90,25 @@ def run(config: KnnConfig) -> None:
 
 
 def _extract(
-    config: KnnConfig, loaded: Loaded, target: Path
+    config: KnnConfig, loaded: Loaded, target: Path, device: torch.device
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """L2-normalised features and labels of the bank and of the queries, and their origin."""
     transform = evaluation.transform(loaded, config.image_size)
-    device = distributed.choose_device(config.device)
     sources = evaluation.labelled_sources(config, target)
     arrays: list[Tensor] = []
     left_out: dict[str, dict[str, str]] = {}
     for source, role in zip(sources, ("bank", "queries"), strict=True):
-        features, labels, left_out[role] = extract(
+        labels = labels_of(source)
+        features, kept, left_out[role] = joined_features(
             loaded.backbone,
             source,
-            **transform._asdict(),
+            transform,
             batch_size=config.batch_size_per_gpu,
             num_workers=default_workers() if config.num_workers is None else config.num_workers,
             device=device,
             description=f"features ({role})",
         )
-        arrays += [F.normalize(features, dim=1), labels]
+        arrays += [F.normalize(features, dim=1), labels[kept]]
     origin = {
         **evaluation.origin(loaded),
         "transform": evaluation.described(transform),

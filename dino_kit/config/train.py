@@ -27,6 +27,7 @@ RESUMABLE = frozenset(
         "data_path",
         "device",
         "download",
+        "fsdp",
         "log_every_steps",
         "max_bad_share",
         "max_bad_steps",
@@ -218,6 +219,11 @@ class Optimisation:
         False,
         "Compute each block of the backbone a second time in the backward pass in place of keeping "
         "what it computed: less memory, and more time.",
+    )
+    fsdp: bool = option(
+        False,
+        "Over several processes, keep only a share of the weights, gradients and moments on each, "
+        "for backbones that do not fit on one GPU; checkpoints stay as they are.",
     )
     compile: bool = option(
         False,

@@ -131,7 +131,7 @@ class GridTraining:
 
     def _images(self, source: Source, role: str) -> Images:
         labels = labels_of(source)
-        features, places = joined_features(
+        features, places, _ = joined_features(
             self.features,
             source,
             self.transform,

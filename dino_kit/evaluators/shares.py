@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_kit import distributed
 from dino_kit.data.sources.source import Source, Subset
 from dino_kit.evaluators.linear import LinearFeatures
-from dino_kit.features import LabelledFeatures, embed, labels_of, require_some
+from dino_kit.features import Features, LabelledFeatures, embed, labels_of, require_some
 from dino_kit.weights import EvalTransform
 
 _ROWS = 4096  # of each process, that are sent at once
@@ -35,23 +35,23 @@ def shared_features(
 
 
 def joined_features(
-    features: LinearFeatures, source: Source, transform: EvalTransform, **how: Any
-) -> tuple[Tensor, Tensor]:
+    features: nn.Module, source: Source, transform: EvalTransform, **how: Any
+) -> Features:
     """Of all images, on the main process, in the order of the source; arguments likewise.
 
-    Returns:
-        The features (m, E), float32, and the images that they are of (m,), int64, rising, on the
-        CPU; of other processes than the main one nothing, (0, E) and (0,).
+    Other processes than the main one get no features, (0, E) and (0,), but all names.
 
     Raises:
         UserError: no process can use any of its images.
     """
-    found, places, _ = _share(features, source, transform, **how)
-    return _joined(found, places, torch.device(how["device"]))
+    found, places, left_out = _share(features, source, transform, **how)
+    joined, places = _joined(found, places, torch.device(how["device"]))
+    every = distributed.all_gather_plain(left_out)
+    return Features(joined, places, {name: why for own in every for name, why in own.items()})
 
 
 def _share(
-    features: LinearFeatures, source: Source, transform: EvalTransform, **how: Any
+    features: nn.Module, source: Source, transform: EvalTransform, **how: Any
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
     share = range(distributed.rank(), len(source), distributed.world_size())
     found = embed(features, Subset(source, share), **transform._asdict(), **how)

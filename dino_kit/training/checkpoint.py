@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, log, sharding
 from dino_kit.errors import UserError
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -30,14 +30,15 @@ def network_states(student: nn.Module, teacher: nn.Module) -> dict[str, dict[str
     """
     wrapped = any(isinstance(module, _BATCH_NORMS) for module in teacher.modules())
     return {
-        "student": _prefixed(student.state_dict(), "module."),
-        "teacher": _prefixed(teacher.state_dict(), "module." if wrapped else ""),
+        "student": _prefixed(sharding.gathered(student.state_dict()), "module."),
+        "teacher": _prefixed(sharding.gathered(teacher.state_dict()), "module." if wrapped else ""),
     }
 
 
 def load_network(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Load one of :func:`network_states` strictly, whatever prefix it was saved under."""
-    network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    network.load_state_dict(sharding.divided_network(state, network))
 
 
 def save(folder: str | Path, content: dict[str, Any], also_as: str | None = None) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dino_kit import sharding
+
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
@@ -49,7 +51,7 @@ class LARS(torch.optim.Optimizer):
             scaled = [p for p in with_gradient if p.ndim != 1]
             plain = [p for p in with_gradient if p.ndim == 1]
             self._move(scaled, _scaled_updates(scaled, group), group)
-            self._move(plain, [p.grad for p in plain], group)
+            self._move(plain, sharding.parts(p.grad for p in plain), group)
         return loss
 
     def _move(self, params: Sequence[Tensor], updates: Sequence[Tensor], group: dict) -> None:
@@ -58,7 +60,7 @@ class LARS(torch.optim.Optimizer):
         for p in params:
             if "mu" not in self.state[p]:
                 self.state[p]["mu"] = torch.zeros_like(p)
-        momenta = [self.state[p]["mu"] for p in params]
+        params, momenta = map(sharding.parts, (params, [self.state[p]["mu"] for p in params]))
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, updates)
         torch._foreach_add_(params, momenta, alpha=-group["lr"])
@@ -67,11 +69,12 @@ class LARS(torch.optim.Optimizer):
 def _scaled_updates(params: Sequence[Tensor], group: dict) -> list[Tensor]:
     if not params:
         return []
-    updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
-    weight_norms = torch.stack(torch._foreach_norm(params))
-    update_norms = torch.stack(torch._foreach_norm(updates))
+    updates = [p.grad for p in params]
+    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+    weight_norms, update_norms = sharding.norms(params), sharding.norms(updates)
     ratios = group["eta"] * weight_norms / update_norms
     # A tensor that is all zeros has to be able to leave zero.
     ratios = ratios.where((weight_norms > 0) & (update_norms > 0), 1.0)
+    updates = sharding.parts(updates)
     torch._foreach_mul_(updates, list(ratios.unbind()))
-    return list(updates)
+    return updates

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino_kit import distributed, ema
+from dino_kit import distributed, ema, sharding
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.objectives.dino import cross_view_loss
 from dino_kit.training import checkpoint, optim
@@ -52,6 +52,8 @@ class Learner:
         clip_grad: largest norm of each parameter tensor's gradient; 0 for no clipping.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         seed: of the run; stochastic depth is a function of it.
+        plain_backbone: where the networks are sharded, the teacher's backbone before that, of
+            :func:`~dino_kit.sharding.without_weights`.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Learner:
         clip_grad: float = 3.0,
         precision: str = "fp32",
         seed: int = 0,
+        plain_backbone: nn.Module | None = None,
     ):
         self.student, self.teacher = student, teacher
         self.centering, self.optimizer, self.plan = centering, optimizer, plan
@@ -73,8 +76,12 @@ class Learner:
         self.device = next(student.parameters()).device
         self.autocast_dtype = None if precision == "fp32" else DTYPES[precision]
         self.loss_scale = LossScale() if precision == "fp16" else None
-        # The wrapper that averages gradients over the processes; the student itself on one.
-        self.parallel_student = distributed.data_parallel(student, self.device)
+        self.is_sharded, self._plain_backbone = sharding.is_sharded(student), plain_backbone
+        # The wrapper that averages gradients over the processes; the student itself on one, and
+        # where it is sharded, as then it does so by itself.
+        self.parallel_student = (
+            student if self.is_sharded else distributed.data_parallel(student, self.device)
+        )
         self._buffers = [*student.buffers(), *teacher.buffers()]
 
     def step(
@@ -104,8 +111,8 @@ class Learner:
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if self.loss_scale is not None:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.scale)
-        norms = optim.gradient_norms(gradients)
+            torch._foreach_mul_(sharding.parts(gradients), 1.0 / self.loss_scale.scale)
+        norms = sharding.norms(gradients)
         finite_loss, finite_gradients, requested = self._agree(loss, norms, request())
 
         committed = finite_loss and finite_gradients
@@ -166,7 +173,8 @@ class Learner:
         optim.set_hyperparameters(self.optimizer, settings["lr"], settings["weight_decay"])
         self.optimizer.step()
         self.centering.commit(candidate)
-        ema.update(self.teacher.parameters(), self.student.parameters(), settings["momentum"])
+        networks = (sharding.parts(net.parameters()) for net in (self.teacher, self.student))
+        ema.update(*networks, settings["momentum"])
 
     def _agree(self, loss: Tensor, norms: Tensor, request: int) -> tuple[bool, bool, int]:
         """Whether loss and gradients are finite on every process, and the largest request.
@@ -193,18 +201,36 @@ class Learner:
     def _autocast(self):
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        # What autocast caches is every weight in half precision, which sharding is to spare.
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, cache_enabled=not self.is_sharded
+        )
 
     def _gradients_stay_local(self, unless: bool):
+        if self.is_sharded:
+            sharding.sum_gradients(self.student, unless)
+            return nullcontext()
         if unless or self.parallel_student is self.student:
             return nullcontext()
         return self.parallel_student.no_sync()
 
+    def teacher_backbone(self) -> nn.Module | None:
+        """The teacher's backbone, whole, for the main process; all processes have to call it.
+
+        Where the networks are sharded it is a copy on the CPU.
+        """
+        if not self.is_sharded:
+            return self.teacher.backbone
+        return sharding.whole_copy(self.teacher.backbone, self._plain_backbone)
+
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's entries, under the reference's keys."""
+        """The checkpoint's entries, under the reference's keys.
+
+        Where the networks are sharded, all processes have to call it and the main one gets it.
+        """
         state = {
             **checkpoint.network_states(self.student, self.teacher),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": sharding.gathered(self.optimizer.state_dict()),
             "dino_loss": self.centering.state_dict(),
         }
         if self.loss_scale is not None:
@@ -214,7 +240,8 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         checkpoint.load_network(self.student, state["student"])
         checkpoint.load_network(self.teacher, state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = sharding.divided_optimizer(state["optimizer"], self.optimizer)
+        self.optimizer.load_state_dict(moments)
         self.centering.load_state_dict(state["dino_loss"])
         if self.loss_scale is not None and "fp16_scaler" in state:
             self.loss_scale.load_state_dict(state["fp16_scaler"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_kit import sharding
 from dino_kit.errors import UserError
 from dino_kit.training.lars import LARS
 
@@ -66,18 +67,13 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
-def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each of n tensors, ``(n,)``, left on the device."""
-    return torch.stack(torch._foreach_norm(list(gradients)))
-
-
 def clip_per_tensor_(gradients: Sequence[Tensor], norms: Tensor, max_norm: float) -> None:
     """Scale each gradient whose norm exceeds ``max_norm`` down to it, by itself, in place.
 
-    ``norms`` (n,) are those of :func:`gradient_norms`; the host does not wait for them.
+    ``norms`` (n,) are those of the whole gradients; the host does not wait for them.
     """
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), list(factors.unbind()))
+    torch._foreach_mul_(sharding.parts(gradients), list(factors.unbind()))
 
 
 def cancel_last_layer_gradients(network: nn.Module) -> None:

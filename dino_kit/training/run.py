@@ -123,10 +123,13 @@ class Run:
         every, last = self.config.probe_freq, self.config.epochs
         due = every and not rest and (epoch % every == 0 or epoch == last)
         probes = self.monitor.probes
-        if not due or not distributed.is_main() or (probes and probes[-1]["step"] == done):
+        if not due:
+            return
+        backbone = self.learner.teacher_backbone()
+        if not distributed.is_main() or (probes and probes[-1]["step"] == done):
             return
         with self.monitor.paused():
-            result = self.probe(self.learner.teacher.backbone, epoch, probes)
+            result = self.probe(backbone, epoch, probes)
             self.monitor.record_probe(done, result)
             if done and checkpoint.is_best([probe.get("knn_top1") for probe in probes]):
                 checkpoint.keep_as_best(self.config.output_dir)

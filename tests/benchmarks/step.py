@@ -28,7 +28,7 @@ import torch
 from reference_step import Step, self_distillation
 from torch import Tensor
 
-from dino_kit import ema
+from dino_kit import ema, sharding
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config.architectures import VIT_SIZES
 from dino_kit.heads import DINOHead
@@ -200,7 +200,7 @@ def updates(arguments: argparse.Namespace) -> dict[str, Callable[[], Callable[[]
         gradients = with_gradients(one.student)
 
         def run() -> None:
-            norms = optim.gradient_norms(gradients)
+            norms = sharding.norms(gradients)
             norms.isfinite().all().item()
             optim.clip_per_tensor_(gradients, norms, one.clip_grad)
             one.optimizer.step()
