@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dino_kit import log
 from dino_kit.config import fields, recipe
 from dino_kit.config.commands import COMMANDS, Command
 from dino_kit.config.train import SAME_THING, TrainConfig
-from dino_kit.errors import RunFailed, UserError
+from dino_kit.errors import Interrupted, RunFailed, UserError
 
 _REFUSED_BY_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
     0 is success, 1 a run that had to stop or a check that found a fault, 2 a fault of the input,
-    130 an interruption.
+    128 + its number a signal that it stopped for, as 130 for an interruption from the keyboard.
     """
     try:
         status = _main(list(sys.argv[1:] if arguments is None else arguments))
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("dino-kit: interrupted.", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except Interrupted as error:
+        print(f"dino-kit: stopped by {signal.Signals(error.number).name}.", file=sys.stderr)
+        return 128 + error.number
     except BrokenPipeError:
         # The reader of the output has gone, as `| head` does; nothing is left to say to it, and
         # the interpreter's own flush at its end must not fail either.

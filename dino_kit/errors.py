@@ -15,5 +15,13 @@ class RunFailed(Exception):
     """A run that began well and had to stop, told in one sentence; the command ends with status 1."""
 
 
+class Interrupted(Exception):
+    """A signal ended a run, whose last step was saved; the command ends with 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class BadImage(UserError):
     """One image cannot be used; a run may go on without it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from dino_kit import distributed, log
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
+from dino_kit.errors import Interrupted
 
 
 def run(config: TrainConfig) -> None:
@@ -19,7 +20,7 @@ def run(config: TrainConfig) -> None:
     architectures.require_buildable(config.arch)  # told before the seconds that PyTorch takes
     try:
         _train(config)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         if _newest(config).exists():
             same = "same command" + (" without --resume" if config.resume == "never" else "")
             log.notice(f"The {same} goes on from the last checkpoint in {config.output_dir}.")

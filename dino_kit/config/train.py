@@ -35,6 +35,7 @@ RESUMABLE = frozenset(
         "probe_data",
         "probe_freq",
         "resume",
+        "save_every_minutes",
         "save_every_steps",
         "saveckp_freq",
         "stop_on_collapse",
@@ -283,6 +284,9 @@ class Run:
     )
     save_every_steps: int = option(
         0, "Write checkpoint.pth every so many steps too, not only after each epoch.", low=0
+    )
+    save_every_minutes: float = option(
+        0.0, "Write it every so many minutes too, so that no more than that is lost.", low=0
     )
     log_every_steps: int = option(10, "Steps between two lines of metrics.jsonl.", low=1)
     probe_freq: int = option(

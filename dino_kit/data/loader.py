@@ -23,6 +23,7 @@ from dino_kit.data.decode import decode
 from dino_kit.data.photograph import for_crops
 from dino_kit.data.pixels import RGB, Pixels
 from dino_kit.data.sources.source import Source
+from dino_kit.data.undisturbed import undisturbed
 from dino_kit.errors import BadImage, UserError
 from dino_kit.randomness import stream
 
@@ -125,6 +126,7 @@ class Loader:
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=undisturbed,
             pin_memory=pin_memory,
             multiprocessing_context=multiprocessing_context if num_workers else None,
         )

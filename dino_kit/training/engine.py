@@ -9,6 +9,7 @@ from typing import Any
 
 from dino_kit import log
 from dino_kit.errors import RunFailed
+from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 
@@ -28,6 +29,7 @@ def train(
     monitor: Monitor,
     save: Callable[[int], None],
     probe: Callable[[int], None],
+    interruption: Interruption,
     *,
     start: int,
     total_steps: int,
@@ -43,7 +45,8 @@ def train(
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
     the device, ``save(done)`` writes a checkpoint after ``done`` steps, ``probe(done)`` looks at
     the networks at the end of an epoch, and ``describe`` names a step's images for the person who
-    has to find out why it was dropped.
+    has to find out why it was dropped. A signal that ``interruption`` puts off is met after its
+    step was saved.
 
     Raises:
         RunFailed: ``max_bad_steps`` steps in a row were dropped; or the run has collapsed, and
@@ -52,7 +55,8 @@ def train(
     with log.progress(total_steps, "training", start) as advance:
         for step, (batches, waited) in enumerate(_with_waiting_time(loader), start):
             observe = monitor.writes_at(step)
-            outcome = learner.step(step, [prepare(batch) for batch in batches], observe)
+            micro_batches = [prepare(batch) for batch in batches]
+            outcome = learner.step(step, micro_batches, observe, interruption.request)
             if outcome.committed:
                 skipped.in_a_row = 0
             elif not outcome.overflowed:
@@ -80,9 +84,13 @@ def train(
                 )
             advance(1, monitor.summary())
             done = step + 1
-            if done % steps_per_epoch == 0 or (save_every_steps and done % save_every_steps == 0):
+            ends_epoch = done % steps_per_epoch == 0
+            due = ends_epoch or save_every_steps and done % save_every_steps == 0
+            if due or outcome.request:
                 save(done)
-            if done % steps_per_epoch == 0:
+                interruption.saved()
+                interruption.answer(outcome.request)
+            if ends_epoch:
                 probe(done)
 
 

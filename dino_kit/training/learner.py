@@ -6,7 +6,7 @@ L residual branches of a backbone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
     measured: dict[str, Tensor]  # scalars of this process, still on the device
     observed: dict[str, Tensor]  # how healthy the run is, where that was asked; of all processes
     settings: dict[str, float]
+    request: int = 0  # the largest that a process asked for
 
 
 class Learner:
@@ -76,10 +77,18 @@ class Learner:
         self.parallel_student = distributed.data_parallel(student, self.device)
         self._buffers = [*student.buffers(), *teacher.buffers()]
 
-    def step(self, step: int, batches: Sequence[MicroBatch], observe: bool = False) -> Outcome:
+    def step(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        observe: bool = False,
+        request: Callable[[], int] = int,
+    ) -> Outcome:
         """Take one optimiser step on ``batches``, the micro-batches of this process.
 
         ``observe`` asks for the measures of :mod:`~dino_kit.training.health`, on all processes.
+        ``request()`` is what this process wants to happen after the step, see
+        :mod:`~dino_kit.training.interruption`; all processes learn of it.
 
         The teacher sees all of them before the student sees the first, because Sinkhorn-Knopp
         balances the whole step's logits. Nothing is changed unless the loss and every gradient
@@ -97,7 +106,7 @@ class Learner:
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale.scale)
         norms = optim.gradient_norms(gradients)
-        finite_loss, finite_gradients = self._agree_finite(loss, norms)
+        finite_loss, finite_gradients, requested = self._agree(loss, norms, request())
 
         committed = finite_loss and finite_gradients
         overflowed = finite_loss and not finite_gradients and self._can_rescale()
@@ -111,7 +120,7 @@ class Learner:
             self.loss_scale.update(overflowed)
         measured = {"loss": loss, "grad_norm": norms.mean()} if committed else {}
         observed = watch.measures(loss) if watch and committed else {}
-        return Outcome(committed, overflowed, measured, observed, settings)
+        return Outcome(committed, overflowed, measured, observed, settings, requested)
 
     @torch.no_grad()
     def _teach(
@@ -159,11 +168,15 @@ class Learner:
         self.centering.commit(candidate)
         ema.update(self.teacher.parameters(), self.student.parameters(), settings["momentum"])
 
-    def _agree_finite(self, loss: Tensor, norms: Tensor) -> tuple[bool, bool]:
-        """Whether loss and gradients are finite on every process: the step's one host sync."""
-        flags = torch.stack((loss.isfinite(), norms.isfinite().all())).to(torch.int32)
-        finite_loss, finite_gradients = distributed.all_reduce_min(flags).tolist()
-        return bool(finite_loss), bool(finite_gradients)
+    def _agree(self, loss: Tensor, norms: Tensor, request: int) -> tuple[bool, bool, int]:
+        """Whether loss and gradients are finite on every process, and the largest request.
+
+        This is the step's one host sync.
+        """
+        asked = torch.full((), -request, dtype=torch.int32, device=self.device)
+        flags = torch.stack((loss.isfinite(), norms.isfinite().all(), asked)).to(torch.int32)
+        finite_loss, finite_gradients, asked = distributed.all_reduce_min(flags).tolist()
+        return bool(finite_loss), bool(finite_gradients), -asked
 
     def _can_rescale(self) -> bool:
         return self.loss_scale is not None and self.loss_scale.can_shrink()

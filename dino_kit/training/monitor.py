@@ -240,12 +240,22 @@ class _Sums:
         """The measured sums on the host, their means over the processes."""
         if not self._measured:
             return {}
-        sums = distributed.all_reduce_mean(torch.stack(list(self._measured.values())).float())
+        sums = distributed.all_reduce_mean(self._stacked())
+        return dict(zip(self._measured, sums.tolist(), strict=True))
+
+    def _stacked(self) -> torch.Tensor:
+        return torch.stack(list(self._measured.values())).float()
+
+    def _of_each_process(self) -> dict[str, list[float]]:
+        """The measured sums on the host: a mean of them would go on with another rounding."""
+        if not self._measured:
+            return {}
+        sums = distributed.all_gather(self._stacked()[:, None], dim=1)  # (measures, processes)
         return dict(zip(self._measured, sums.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "measured": self._fetched(),
+            "measured": self._of_each_process(),
             "settings": dict(self._settings),
             "measured_steps": self._measured_steps,
             "steps": self._steps,
@@ -253,9 +263,17 @@ class _Sums:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         measured = state["measured"].items()
-        self._measured = {name: torch.tensor(total, device=device) for name, total in measured}
+        self._measured = {name: torch.tensor(_own(sums), device=device) for name, sums in measured}
         self._settings = dict(state["settings"])
         self._measured_steps, self._steps = state["measured_steps"], state["steps"]
+
+
+def _own(sums: float | list[float]) -> float:
+    """This process's sum; the mean where there were other processes, or an older checkpoint's."""
+    if isinstance(sums, list):
+        same = len(sums) == distributed.world_size()
+        return sums[distributed.rank()] if same else sum(sums) / len(sums)
+    return sums
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dino_kit.data.bad_images import BadImages
 from dino_kit.data.loader import Batch, Loader
 from dino_kit.data.sources.source import Source
 from dino_kit.training import checkpoint, engine
+from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 
@@ -69,22 +70,25 @@ class Run:
         self.bad_images.open(anew=self.replaces)
         try:
             self.look(self.start)
-            engine.train(
-                self.learner,
-                self.bad_images.watch(self.loader),
-                self.prepare,
-                self.monitor,
-                self.save,
-                self.look,
-                start=self.start,
-                total_steps=self.loader.total_steps,
-                steps_per_epoch=steps_per_epoch,
-                save_every_steps=self.config.save_every_steps,
-                skipped=self.skipped,
-                max_bad_steps=self.config.max_bad_steps,
-                stop_on_collapse=self.config.stop_on_collapse,
-                describe=self.describe,
-            )
+            interruption = Interruption(self.config.save_every_minutes)
+            with interruption.put_off():
+                engine.train(
+                    self.learner,
+                    self.bad_images.watch(self.loader),
+                    self.prepare,
+                    self.monitor,
+                    self.save,
+                    self.look,
+                    interruption,
+                    start=self.start,
+                    total_steps=self.loader.total_steps,
+                    steps_per_epoch=steps_per_epoch,
+                    save_every_steps=self.config.save_every_steps,
+                    skipped=self.skipped,
+                    max_bad_steps=self.config.max_bad_steps,
+                    stop_on_collapse=self.config.stop_on_collapse,
+                    describe=self.describe,
+                )
         finally:
             self.monitor.close()
 
