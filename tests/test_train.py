@@ -331,15 +331,6 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch_and_not_the_run(whole, pict
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path, capsys):
-    with files.lock(tmp_path, "training"):
-        assert train(pictures, tmp_path) == 2
-    assert capsys.readouterr().err == (
-        f"dino-kit: error: Another process is training in {tmp_path}.\n"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
 @pytest.mark.parametrize("gone", ["images", "monitor", "skipped", "config"])
 def test_a_checkpoint_of_another_tool_is_no_run_to_go_on_with(
     whole, pictures, tmp_path, capsys, gone

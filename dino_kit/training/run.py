@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, locks, log
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
@@ -51,7 +51,7 @@ class Run:
             return
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with files.lock(folder, "training"):
+        with locks.hold(folder, "training"):
             files.remove_leftovers(folder)
             if self.replaces:
                 checkpoint.remove(folder)
