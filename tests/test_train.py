@@ -24,7 +24,7 @@ from dino_kit import cli, files
 from dino_kit.assemble import assemble, view_groups
 from dino_kit.backbones import layers
 from dino_kit.config import recipe
-from dino_kit.config.train import TrainConfig
+from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.data import augment
 from dino_kit.training.monitor import Monitor
 
@@ -86,8 +86,7 @@ def assert_same(one, other, where: str = "") -> None:
 def assert_same_run(one, other) -> None:
     a, b = result(one), result(other)
     for content in (a, b):
-        for name in ("output_dir", "num_workers", "save_every_steps", "saveckp_freq",
-                     "batch_size_per_gpu"):  # fmt: skip
+        for name in RESUMABLE:
             content["config"].pop(name)
     assert_same(a, b)
     assert metrics(one) == metrics(other)

@@ -29,6 +29,7 @@ RESUMABLE = frozenset(
         "log_every_steps",
         "max_bad_share",
         "max_bad_steps",
+        "max_failed_saves",
         "num_workers",
         "on_bad_image",
         "output_dir",
@@ -287,6 +288,12 @@ class Run:
     )
     save_every_minutes: float = option(
         0.0, "Write it every so many minutes too, so that no more than that is lost.", low=0
+    )
+    max_failed_saves: int = option(
+        10,
+        "Stop after so many checkpoints in a row that could not be written, as on a full disk; they "
+        "are tried again every minute.",
+        low=1,
     )
     log_every_steps: int = option(10, "Steps between two lines of metrics.jsonl.", low=1)
     probe_freq: int = option(

@@ -27,7 +27,7 @@ def train(
     loader: Iterable[Sequence[Any]],
     prepare: Callable[[Any], MicroBatch],
     monitor: Monitor,
-    save: Callable[[int], None],
+    save: Callable[[int], bool],
     probe: Callable[[int], None],
     interruption: Interruption,
     *,
@@ -43,7 +43,7 @@ def train(
     """Take the steps from ``start`` to ``total_steps``.
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
-    the device, ``save(done)`` writes a checkpoint after ``done`` steps, ``probe(done)`` looks at
+    the device, ``save(done)`` writes a checkpoint after ``done`` steps and tells whether it could, ``probe(done)`` looks at
     the networks at the end of an epoch, and ``describe`` names a step's images for the person who
     has to find out why it was dropped. A signal that ``interruption`` puts off is met after its
     step was saved.
@@ -87,8 +87,7 @@ def train(
             ends_epoch = done % steps_per_epoch == 0
             due = ends_epoch or save_every_steps and done % save_every_steps == 0
             if due or outcome.request:
-                save(done)
-                interruption.saved()
+                interruption.saved(save(done))
                 interruption.answer(outcome.request)
             if ends_epoch:
                 probe(done)

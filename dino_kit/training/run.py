@@ -15,6 +15,7 @@ from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.loader import Batch, Loader
 from dino_kit.data.sources.source import Source
+from dino_kit.errors import RunFailed
 from dino_kit.training import checkpoint, engine
 from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
@@ -37,12 +38,14 @@ class Run:
     skipped: engine.Skipped
     start: int
     replaces: bool  # an earlier run in the folder makes way
+    failed_saves: int = 0  # in a row
+    saved: int = 0  # steps of the newest checkpoint that was written; 0 where there is none
 
     def train(self) -> None:
         """Take the remaining steps.
 
         Raises:
-            RunFailed: too many of them are not finite.
+            RunFailed: too many of them are not finite, or of the checkpoints cannot be written.
             UserError: an image cannot be used, or too many of them; or another process is training
                 in the folder.
         """
@@ -65,7 +68,7 @@ class Run:
                 )
 
     def _train(self) -> None:
-        steps_per_epoch = self.loader.steps_per_epoch
+        steps_per_epoch, self.saved = self.loader.steps_per_epoch, self.start
         self.monitor.open()
         self.bad_images.open(anew=self.replaces)
         try:
@@ -92,11 +95,34 @@ class Run:
         finally:
             self.monitor.close()
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint of ``done`` steps, and its copy for good where one is due."""
+    def save(self, done: int) -> bool:
+        """Write the checkpoint of ``done`` steps, and its copy for good where one is due.
+
+        Returns whether the main process, which writes it, could; all processes come to the same.
+
+        Raises:
+            RunFailed: it could not be written, and neither could those before, or it is the last.
+        """
         state, monitored = self.learner.state_dict(), self.monitor.state_dict()
-        if not distributed.is_main():
-            return
+        refusal = self._write(done, state, monitored) if distributed.is_main() else ""
+        if not distributed.total(bool(refusal), self.learner.device):
+            self.failed_saves, self.saved = 0, done
+            return True
+        self.failed_saves += 1
+        kept = f"the one of step {self.saved:,} is intact" if self.saved else "there is none so far"
+        told = f"The checkpoint of step {done:,} could not be written{refusal}; {kept}."
+        last = done == self.loader.total_steps
+        if last or self.failed_saves >= self.config.max_failed_saves:
+            why = "It was the run's last" if last else f"{self.failed_saves} in a row could not"
+            raise RunFailed(
+                f"{told} {why}. Make room in {self.config.output_dir}, or make it "
+                "writable; the same command then goes on from the newest checkpoint."
+            )
+        log.notice(f"{told} The run goes on, and it is tried again in a minute.")
+        return False
+
+    def _write(self, done: int, state: dict[str, Any], monitored: dict[str, Any]) -> str:
+        """Bring all to the disk that belongs to a checkpoint; returns why it was refused, if so."""
         epoch, rest = divmod(done, self.loader.steps_per_epoch)
         content = {
             **state,
@@ -109,9 +135,14 @@ class Run:
             "monitor": monitored,
         }
         due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
-        checkpoint.save(
-            self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
-        )
+        try:
+            self.monitor.flush()
+            checkpoint.save(
+                self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
+            )
+        except OSError as error:
+            return f" ({error.strerror or error})"
+        return ""
 
     def look(self, done: int) -> None:
         """Probe the teacher after ``done`` steps, where an epoch ends at which that is due.
@@ -127,10 +158,18 @@ class Run:
             return
         with self.monitor.paused():
             result = self.probe(self.learner.teacher.backbone, epoch, probes)
+            # Before the line that says that this probe is done: a run that ends between the two
+            # probes again.
+            if done and checkpoint.is_best([p.get("knn_top1") for p in (*probes, result)]):
+                self._keep_as_best()
             self.monitor.record_probe(done, result)
-            if done and checkpoint.is_best([probe.get("knn_top1") for probe in probes]):
-                checkpoint.keep_as_best(self.config.output_dir)
         log.say(f"epoch {epoch}: {result['sentence']}")
+
+    def _keep_as_best(self) -> None:
+        try:
+            checkpoint.keep_as_best(self.config.output_dir)
+        except OSError as error:
+            log.notice(f"{checkpoint.BEST} could not be written ({error.strerror or error}).")
 
     def describe(self, batches: Sequence[Batch]) -> str:
         """The images of a step on this process, for the person who looks for the fault."""
