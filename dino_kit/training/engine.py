@@ -13,6 +13,8 @@ from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 
+_NAMED = 5  # images that a notice names
+
 
 @dataclass
 class Skipped:
@@ -38,14 +40,15 @@ def train(
     skipped: Skipped,
     max_bad_steps: int,
     stop_on_collapse: bool,
-    describe: Callable[[Sequence[Any]], str],
+    describe: Callable[[Sequence[Any], Sequence[MicroBatch], bool, int | None], str],
 ) -> None:
     """Take the steps from ``start`` to ``total_steps``.
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
     the device, ``save(done)`` writes a checkpoint after ``done`` steps and tells whether it could, ``probe(done)`` looks at
-    the networks at the end of an epoch, and ``describe`` names a step's images for the person who
-    has to find out why it was dropped. A signal that ``interruption`` puts off is met after its
+    the networks at the end of an epoch, and ``describe(batches, micro_batches, suspect,
+    most)`` names a step's images, ``most`` at most, for the person who has to find out why it was
+    dropped. A signal that ``interruption`` puts off is met after its
     step was saved.
 
     Raises:
@@ -62,12 +65,14 @@ def train(
             elif not outcome.overflowed:
                 skipped.total += 1
                 skipped.in_a_row += 1
-                log.notice(f"Step {step} was not finite and was dropped; {describe(batches)}.")
+                named = describe(batches, micro_batches, outcome.suspect, _NAMED)
+                log.notice(f"Step {step} was not finite and was dropped; {named}.")
             if skipped.in_a_row >= max_bad_steps:
+                named = describe(batches, micro_batches, outcome.suspect, None)
                 raise RunFailed(
                     f"{skipped.in_a_row} steps in a row were not finite, so the run stopped; the "
                     "last good checkpoint, if one was written, is kept. In the last of them: "
-                    f"{describe(batches)}."
+                    f"{named}."
                 )
             monitor.record(
                 step,

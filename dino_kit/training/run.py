@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dino_kit import distributed, files, locks, log
@@ -171,8 +172,30 @@ class Run:
         except OSError as error:
             log.notice(f"{checkpoint.BEST} could not be written ({error.strerror or error}).")
 
-    def describe(self, batches: Sequence[Batch]) -> str:
-        """The images of a step on this process, for the person who looks for the fault."""
-        names = [self.source.name(int(i)) for batch in batches for i in batch.indices]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"its images are {', '.join(names[:5])}{more}"
+    def describe(
+        self,
+        batches: Sequence[Batch],
+        micro_batches: Sequence[MicroBatch],
+        suspect: bool,
+        most: int | None,
+    ) -> str:
+        """The images of a step that went wrong, ``most`` of them by name; all have to call it.
+
+        They are those with a crop that is not finite; where there is none, those of the processes
+        whose loss was not, which is what ``suspect`` tells of this one; else those of all, whose
+        gradients are averaged.
+        """
+        indices = torch.cat([batch.indices for batch in batches]).to(self.learner.device)
+        broken = [
+            torch.stack([~group.isfinite().all(dim=(0, 2, 3, 4)) for group in batch.groups]).any(0)
+            for batch in micro_batches
+        ]
+        evidence = torch.cat(broken).long() * 2 + suspect
+        indices, evidence = (distributed.all_gather(own[None]) for own in (indices, evidence))
+        guilty = evidence == evidence.max()  # (processes, images)
+        where, processes = "", guilty.any(dim=1).nonzero().flatten().tolist()
+        if len(processes) < len(guilty):
+            where = f"of process {', '.join(map(str, processes))} (of {len(guilty)}) "
+        names = [self.source.name(index) for index in indices[guilty].tolist()]
+        more = f" and {len(names) - most} more" if most and len(names) > most else ""
+        return f"its images {where}are {', '.join(names[:most])}{more}"
