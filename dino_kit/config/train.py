@@ -25,6 +25,7 @@ RESUMABLE = frozenset(
         "compile",
         "data_path",
         "device",
+        "dist_timeout_minutes",
         "download",
         "log_every_steps",
         "max_bad_share",
@@ -280,6 +281,12 @@ class Run:
     )
     seed: int = option(0, "Seed of everything random.", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
+    dist_timeout_minutes: float = option(
+        30.0,
+        "Of several processes, how long they wait for one another before the run ends; longer than "
+        "a probe, or making a list of the images, takes one of them.",
+        above=0, high=10_000,
+    )
     saveckp_freq: int = option(
         20, "Keep a checkpoint for good every so many epochs; 0 for none.", low=0
     )

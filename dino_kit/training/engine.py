@@ -31,6 +31,7 @@ def train(
     monitor: Monitor,
     save: Callable[[int], bool],
     probe: Callable[[int], None],
+    at: Callable[[str], None],
     interruption: Interruption,
     *,
     start: int,
@@ -46,7 +47,7 @@ def train(
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
     the device, ``save(done)`` writes a checkpoint after ``done`` steps and tells whether it could, ``probe(done)`` looks at
-    the networks at the end of an epoch, and ``describe(batches, micro_batches, suspect,
+    the networks at the end of an epoch, ``at`` takes the place that the run has come to, and ``describe(batches, micro_batches, suspect,
     most)`` names a step's images, ``most`` at most, for the person who has to find out why it was
     dropped. A signal that ``interruption`` puts off is met after its
     step was saved.
@@ -56,7 +57,9 @@ def train(
             ``stop_on_collapse`` says that this ends it.
     """
     with log.progress(total_steps, "training", start) as advance:
+        at(f"loading the images of step {start}")
         for step, (batches, waited) in enumerate(_with_waiting_time(loader), start):
+            at(f"in step {step}")
             observe = monitor.writes_at(step)
             micro_batches = [prepare(batch) for batch in batches]
             outcome = learner.step(step, micro_batches, observe, interruption.request)
@@ -92,10 +95,13 @@ def train(
             ends_epoch = done % steps_per_epoch == 0
             due = ends_epoch or save_every_steps and done % save_every_steps == 0
             if due or outcome.request:
+                at(f"saving after step {step}")
                 interruption.saved(save(done))
                 interruption.answer(outcome.request)
             if ends_epoch:
+                at(f"probing after step {step}")
                 probe(done)
+            at(f"loading the images of step {done}")
 
 
 def _with_waiting_time(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:

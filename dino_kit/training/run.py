@@ -21,6 +21,7 @@ from dino_kit.training import checkpoint, engine
 from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
+from dino_kit.training.roll_call import RollCall
 
 
 @dataclass
@@ -46,13 +47,19 @@ class Run:
         """Take the remaining steps.
 
         Raises:
-            RunFailed: too many of them are not finite, or of the checkpoints cannot be written.
+            RunFailed: too many of them are not finite, or of the checkpoints cannot be written; or
+                another process has died or hangs.
             UserError: an image cannot be used, or too many of them; or another process is training
                 in the folder.
         """
-        if not distributed.is_main():
-            self._train()
-            return
+        self.roll_call = RollCall(60.0 * self.config.dist_timeout_minutes)
+        with self.roll_call.watched():
+            if distributed.is_main():
+                self._train_in_its_folder()
+            else:
+                self._train()
+
+    def _train_in_its_folder(self) -> None:
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with locks.hold(folder, "training"):
@@ -83,6 +90,7 @@ class Run:
                     self.monitor,
                     self.save,
                     self.look,
+                    self.roll_call.at,
                     interruption,
                     start=self.start,
                     total_steps=self.loader.total_steps,
