@@ -110,7 +110,7 @@ class RollCall:
             for rank in others:
                 if store.check([_answer(rank)]):
                     answers[rank] = store.get(_answer(rank)).decode()
-        except Exception:  # with the process that hosted it the store has gone
+        except (AttributeError, RuntimeError):  # with its host, process 0, the store has gone
             return self._told_of([0], count)
         silent = [rank for rank in others if not answers[rank]]
         stopped = [rank for rank in others if answers[rank].startswith("has stopped")]
@@ -172,5 +172,6 @@ def _store() -> Any:
             timeout=timedelta(seconds=_SECONDS_TO_ANSWER),
         )
         # A launcher's store outlives a start of the processes.
-        return PrefixStore(f"roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"roll call {start}", store)
     return None

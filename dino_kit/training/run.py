@@ -16,8 +16,8 @@ from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.loader import Batch, Loader
 from dino_kit.data.sources.source import Source
-from dino_kit.errors import RunFailed
-from dino_kit.training import checkpoint, engine
+from dino_kit.errors import RunFailed, is_out_of_memory
+from dino_kit.training import checkpoint, engine, memory
 from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
@@ -48,7 +48,7 @@ class Run:
 
         Raises:
             RunFailed: too many of them are not finite, or of the checkpoints cannot be written; or
-                another process has died or hangs.
+                another process has died or hangs; or the memory does not suffice.
             UserError: an image cannot be used, or too many of them; or another process is training
                 in the folder.
         """
@@ -79,6 +79,7 @@ class Run:
         steps_per_epoch, self.saved = self.loader.steps_per_epoch, self.start
         self.monitor.open()
         self.bad_images.open(anew=self.replaces)
+        lacking = ""
         try:
             self.look(self.start)
             interruption = Interruption(self.config.save_every_minutes)
@@ -101,8 +102,14 @@ class Run:
                     stop_on_collapse=self.config.stop_on_collapse,
                     describe=self.describe,
                 )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = str(error).strip().partition("\n")[0] or "no more can be had"
         finally:
             self.monitor.close()
+        if lacking:  # only now: what an exception refers to keeps its memory
+            raise RunFailed(self._what_fits(lacking))
 
     def save(self, done: int) -> bool:
         """Write the checkpoint of ``done`` steps, and its copy for good where one is due.
@@ -179,6 +186,35 @@ class Run:
             checkpoint.keep_as_best(self.config.output_dir)
         except OSError as error:
             log.notice(f"{checkpoint.BEST} could not be written ({error.strerror or error}).")
+
+    def _what_fits(self, lacking: str) -> str:
+        """What to do where there is too little memory. The networks are of no use afterwards."""
+        memory.set_free()
+        batches = next(iter(self.loader))
+        asked, total = max(len(batch.indices) for batch in batches), self.config.total_batch_size
+        told = f"The memory does not suffice for {asked} images at a time ({lacking})"
+        if distributed.world_size() > 1:  # to try it takes all processes, of which some go on
+            fit, fits = asked // 2, f"{asked // 2} may fit"
+        else:
+            fit = memory.most_that_fit(lambda images: self._try(batches[0], images), asked)
+            fits = f"{fit} fit"
+        if not fit:
+            return f"{told}, nor for one; a smaller network, smaller or fewer crops need less."
+        if self.config.use_bn_in_head:
+            fit *= distributed.world_size()
+            return f"{told}; {fits}: give --total_batch_size {fit}, which is another run."
+        return (
+            f"{told}; {fits}: --batch_size_per_gpu {fit} --total_batch_size {total} is the same "
+            f"run, its batch taken in parts, and --total_batch_size {fit} one of smaller batches; "
+            "--probe_freq 0 leaves out the probes, if it is they that need so much."
+        )
+
+    def _try(self, batch: Batch, images: int) -> None:
+        groups = [group[:, :images] for group in batch.groups]
+        some = batch._replace(
+            groups=groups, indices=batch.indices[:images], places=batch.places[:images]
+        )
+        self.learner.step(self.start, [self.prepare(some)])
 
     def describe(
         self,
