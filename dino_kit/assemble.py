@@ -74,7 +74,7 @@ def assemble(
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
     config = with_total_batch(with_mlp_grid(config))
-    distributed.start(device)
+    distributed.start(device, config.dist_timeout_minutes)
     lists = Path(config.output_dir) / LISTS
     source = open_training_source(
         config.data_path if data is None else data, lists, config.download

@@ -15,7 +15,7 @@ from typing import Any
 from dino_kit.config import fields, recipe
 from dino_kit.config.command_line import named, parse
 from dino_kit.config.commands import COMMANDS, Command
-from dino_kit.errors import Interrupted, RunFailed, UserError
+from dino_kit.errors import Interrupted, RunFailed, UserError, is_out_of_memory
 
 _REFUSED_BY_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dino-kit: stopped: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         told = str(error).strip().partition("\n")[0] or "no more can be had"
         print(
@@ -69,12 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dino-kit: error: {where}{error.strerror}.", file=sys.stderr)
         return 2
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch has a class of its own for a GPU's memory, and only a message for the host's.
-    told = f"{type(error).__name__} {error}"
-    return any(sign in told for sign in ("MemoryError", "OutOfMemory", "can't allocate memory"))
 
 
 def _main(words: list[str]) -> int:

@@ -42,14 +42,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(device: torch.device) -> None:
-    """Join the process group; on a single process there is none to join."""
+def start(device: torch.device, minutes: float = 30.0) -> None:
+    """Join the process group; on a single process there is none to join.
+
+    A collective to which not all processes come within ``minutes`` fails.
+    """
     if world_size() == 1:
         return
+    from datetime import timedelta
+
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
 
 
 def stop() -> None:
@@ -60,6 +66,13 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether it says that the processes did not come together, by the only signs there are."""
+    told = f"{type(error).__name__} {error}".lower()
+    signs = ("gloo", "nccl", "distnetwork", "diststore", "distbackend")
+    return isinstance(error, RuntimeError) and any(sign in told for sign in signs)
 
 
 @contextmanager

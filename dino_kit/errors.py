@@ -23,5 +23,15 @@ class Interrupted(Exception):
         self.number = number
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there is no more memory, of the host or of a GPU."""
+    # PyTorch has a class of its own for a GPU's memory, and only messages for the host's; the last
+    # two are oneDNN's.
+    signs = ("MemoryError", "OutOfMemory", "can't allocate memory", "bad_alloc",
+             "could not create a primitive", "could not create a memory")  # fmt: skip
+    told = f"{type(error).__name__} {error}"
+    return any(sign in told for sign in signs)
+
+
 class BadImage(UserError):
     """One image cannot be used; a run may go on without it."""

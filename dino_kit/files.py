@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -95,42 +94,6 @@ def same_content(source: str | Path, target: str | Path) -> None:
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # where both were names of one file, nothing was replaced
     _sync_folder(target.parent)
-
-
-@contextmanager
-def lock(folder: str | Path, holder: str, name: str = ".lock") -> Iterator[None]:
-    """Hold ``folder`` for this process; what a killed process held is free again.
-
-    Processes whose locks have another ``name`` do not disturb each other. Where the file system
-    knows no locks, as some network file systems, nothing is held.
-
-    Raises:
-        UserError: another process holds it; ``holder`` says in the sentence what that does.
-    """
-    with open(Path(folder) / name, "ab") as file:
-        try:
-            _lock(file)
-        except BlockingIOError:
-            raise UserError(f"Another process is {holder} in {folder}.") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
-
-
-def _lock(file: IO) -> None:
-    """Lock an open file until it is closed; raises BlockingIOError where another one holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError from error
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_leftovers(folder: str | Path) -> None:

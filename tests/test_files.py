@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -169,34 +168,6 @@ def test_what_killed_processes_left_is_removed_and_what_is_in_use_stays(tmp_path
         path.touch()
     files.remove_leftovers(tmp_path)
     assert [path.exists() for path in (gone, in_use, other)] == [False, True, True]
-
-
-def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
-    with files.lock(tmp_path, "training"):
-        with pytest.raises(UserError, match="Another process is training in"):
-            with files.lock(tmp_path, "training"):
-                pass
-        # It is free again for the next, also after a failure.
-    with contextlib.suppress(KeyError), files.lock(tmp_path, "training"):
-        raise KeyError
-    with files.lock(tmp_path, "training"):
-        pass
-
-
-def test_locks_of_other_names_do_not_disturb_each_other(tmp_path):
-    with files.lock(tmp_path, "training"), files.lock(tmp_path, "measuring", ".other.lock"):
-        with pytest.raises(UserError, match="Another process is measuring in"):
-            with files.lock(tmp_path, "measuring", ".other.lock"):
-                pass
-
-
-def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
-    def no_locks(file):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files, "_lock", no_locks)
-    with files.lock(tmp_path, "training"), files.lock(tmp_path, "training"):
-        pass
 
 
 def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path):

@@ -21,6 +21,8 @@ FLOORS = {
     "dino_kit.recipes": 0,
     "dino_kit.errors": 0,
     "dino_kit.files": 0,
+    "dino_kit.journal": 0,
+    "dino_kit.locks": 0,
     "dino_kit.distributed": 0,
     "dino_kit.log": 0,
     "dino_kit.randomness": 0,
@@ -73,6 +75,8 @@ GROUND = {
     "dino_kit.distributed": {"dino_kit.errors"},
     "dino_kit.log": {"dino_kit.distributed"},
     "dino_kit.files": {"dino_kit.errors", "dino_kit.log"},
+    "dino_kit.locks": {"dino_kit.errors", "dino_kit.log"},
+    "dino_kit.journal": {"dino_kit.log"},
     "dino_kit.config": {"dino_kit.errors", "dino_kit.files", "dino_kit.log"},
 }
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import dino_kit
-from dino_kit import cli, files
+from dino_kit import cli, files, locks
 from dino_kit.backbones.build import create_backbone
 from dino_kit.data.crops import sample_crop
 from dino_kit.data.loader import epoch_order
@@ -393,10 +393,10 @@ def test_two_processes_do_not_train_one_head_but_a_run_beside_it_is_no_obstacle(
     data, tmp_path, capsys
 ):
     save_backbone(tmp_path / "checkpoint.pth")
-    with files.lock(tmp_path, "training", ".checkpoint_linear.pth.lock"):
+    with locks.hold(tmp_path, "training", ".checkpoint_linear.pth.lock"):
         assert train(data, tmp_path) == 2
-        assert "Another process is training checkpoint_linear.pth in" in capsys.readouterr().err
-    with files.lock(tmp_path, "training"):
+        assert "is training checkpoint_linear.pth in" in capsys.readouterr().err
+    with locks.hold(tmp_path, "training"):
         assert train(data, tmp_path, "--epochs", 1) == 0
 
 

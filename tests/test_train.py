@@ -24,7 +24,7 @@ from dino_kit import cli, files
 from dino_kit.assemble import assemble, view_groups
 from dino_kit.backbones import layers
 from dino_kit.config import recipe
-from dino_kit.config.train import TrainConfig
+from dino_kit.config.train import RESUMABLE, TrainConfig
 from dino_kit.data import augment
 from dino_kit.training.monitor import Monitor
 
@@ -86,8 +86,7 @@ def assert_same(one, other, where: str = "") -> None:
 def assert_same_run(one, other) -> None:
     a, b = result(one), result(other)
     for content in (a, b):
-        for name in ("output_dir", "num_workers", "save_every_steps", "saveckp_freq",
-                     "batch_size_per_gpu"):  # fmt: skip
+        for name in RESUMABLE:
             content["config"].pop(name)
     assert_same(a, b)
     assert metrics(one) == metrics(other)
@@ -329,15 +328,6 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch_and_not_the_run(whole, pict
     (tmp_path / "run/checkpoint.pth").write_bytes(b"junk")
     assert train(pictures, tmp_path / "run", "--saveckp_freq", 2) == 0
     assert_same_run(whole, tmp_path / "run")
-
-
-def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path, capsys):
-    with files.lock(tmp_path, "training"):
-        assert train(pictures, tmp_path) == 2
-    assert capsys.readouterr().err == (
-        f"dino-kit: error: Another process is training in {tmp_path}.\n"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("gone", ["images", "monitor", "skipped", "config"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from dino_kit import distributed, log
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
-from dino_kit.errors import Interrupted
+from dino_kit.errors import Interrupted, RunFailed
 
 
 def run(config: TrainConfig) -> None:
@@ -25,6 +25,13 @@ def run(config: TrainConfig) -> None:
             same = "same command" + (" without --resume" if config.resume == "never" else "")
             log.notice(f"The {same} goes on from the last checkpoint in {config.output_dir}.")
         raise
+    except RuntimeError as error:
+        if not distributed.is_failure(error):
+            raise
+        raise RunFailed(
+            "The processes of the run did not come together before it began; one of them has "
+            f"stopped, or cannot be reached ({str(error).strip().splitlines()[0]})."
+        ) from error
     finally:
         distributed.stop()
 

@@ -26,11 +26,13 @@ RESUMABLE = frozenset(
         "compile",
         "data_path",
         "device",
+        "dist_timeout_minutes",
         "download",
         "fsdp",
         "log_every_steps",
         "max_bad_share",
         "max_bad_steps",
+        "max_failed_saves",
         "num_workers",
         "on_bad_image",
         "output_dir",
@@ -287,6 +289,12 @@ class Run:
     )
     seed: int = option(0, "Seed of everything random.", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", then=check_device)
+    dist_timeout_minutes: float = option(
+        30.0,
+        "Of several processes, how long they wait for one another before the run ends; longer than "
+        "a probe, or making a list of the images, takes one of them.",
+        above=0, high=10_000,
+    )
     saveckp_freq: int = option(
         20, "Keep a checkpoint for good every so many epochs; 0 for none.", low=0
     )
@@ -295,6 +303,12 @@ class Run:
     )
     save_every_minutes: float = option(
         0.0, "Write it every so many minutes too, so that no more than that is lost.", low=0
+    )
+    max_failed_saves: int = option(
+        10,
+        "Stop after so many checkpoints in a row that could not be written, as on a full disk; they "
+        "are tried again every minute.",
+        low=1,
     )
     log_every_steps: int = option(10, "Steps between two lines of metrics.jsonl.", low=1)
     probe_freq: int = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, journal, log
 from dino_kit.data.crops import View, require_crops
 from dino_kit.data.decode import decode
 from dino_kit.data.loader import Batch, Loader
@@ -57,14 +57,16 @@ class BadImages:
         with distributed.main_first():
             if distributed.is_main() and self.path.exists():
                 kept = {} if anew else self._still_bad()
-                self.path.unlink()
                 if kept:
                     files.write_text(self.path, "".join(_line(*entry) for entry in kept.items()))
+                else:
+                    self.path.unlink()
                 self._written, self._read = {}, 0
 
     def _still_bad(self) -> dict[str, str]:
+        """What is written down and holds, in the order in which it was met."""
         self._refresh()
-        kept = {}
+        bad = set()
         for index in range(len(self.source)):
             name = _plain(self.source.name(index))
             if name in self._written:
@@ -72,8 +74,8 @@ class BadImages:
                     image = decode(self.source.read(index), name, self.pixels)
                     require_crops(self.views, image.height, image.width, name)
                 except BadImage:
-                    kept[name] = self._written[name]
-        return kept
+                    bad.add(name)
+        return {name: why for name, why in self._written.items() if name in bad}
 
     def watch(self, loader: Loader) -> Iterator[Sequence[Batch]]:
         """The steps of ``loader``, with an eye on what is bad in them.
@@ -100,9 +102,14 @@ class BadImages:
                     f"{sentence} Another image takes its place, as for every one that cannot be "
                     f"used; {self.path} names them."
                 )
-            with open(self.path, "ab") as file:
-                file.write(_line(_plain(name), _plain(sentence.removeprefix(name))).encode())
+            try:
+                line = _line(_plain(name), _plain(sentence.removeprefix(name)))
+                journal.append_whole(self.path, line.encode())
+            except OSError as error:  # it is written down when it is met again
+                self._met.discard(index)
+                log.notice(f"{self.path} could not be written to ({error.strerror}). {sentence}")
             self._refresh()
+
 
     def _judge(self, used: int) -> None:
         seen = min(used + len(self), len(self.source))

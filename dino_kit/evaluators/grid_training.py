@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, locks, log
 from dino_kit.data.sources.holding_out import held_out_of
 from dino_kit.data.sources.source import Source
 from dino_kit.errors import RunFailed, UserError
@@ -121,7 +121,7 @@ class GridTraining:
             return
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with files.lock(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
+        with locks.hold(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
             files.remove_leftovers(folder)
             train = self._images(self.train, "training")
             val = self._images(self.val, "validation")

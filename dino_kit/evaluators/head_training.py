@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, locks, log
 from dino_kit.backbones.frozen import frozen
 from dino_kit.data.loader import Loader
 from dino_kit.data.sources.source import Source
@@ -131,7 +131,7 @@ class HeadTraining:
             return
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with files.lock(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
+        with locks.hold(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
             files.remove_leftovers(folder)
             if not self.resume:
                 self.path.unlink(missing_ok=True)

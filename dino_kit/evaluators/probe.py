@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_kit import figures, files, geometry
+from dino_kit import figures, files, geometry, log
 from dino_kit.backbones.interface import HasSelfAttention
 from dino_kit.data.augment import center_view, render
 from dino_kit.data.bands import picture
@@ -91,7 +91,8 @@ class Probe:
 
         Returns:
             Plain values by name: ``effective_rank`` and ``view_retrieval`` (0 to 1), with labels
-            ``knn_top1`` in percent and how it was measured; the ``sheet``'s path below the folder,
+            ``knn_top1`` in percent and how it was measured; the ``sheet``'s path below the folder
+            unless it could not be written,
             a ``sentence`` about what still rises, the number of ``images``, and ``seconds``.
         """
         began = time.monotonic()
@@ -108,11 +109,15 @@ class Probe:
         if self.labelled is not None:
             result |= self._classify(backbone)
         result["sentence"] = sentence(result, earlier)
+        sheet = self._sheet(backbone, images, embeddings, result)
         path = self.folder / LOOKS / f"epoch{epoch:04}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic_write(path) as file:
-            self._sheet(backbone, images, embeddings, result).save(file, format="PNG")
-        result["sheet"] = f"{LOOKS}/{path.name}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.atomic_write(path) as file:
+                sheet.save(file, format="PNG")
+            result["sheet"] = f"{LOOKS}/{path.name}"
+        except OSError as error:  # no reason to end the run, nor to lose the figures
+            log.notice(f"{path} could not be written ({error.strerror}); there is no such sheet.")
         return result | {"seconds": round(time.monotonic() - began, 1)}
 
     def _pairs(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:

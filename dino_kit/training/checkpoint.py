@@ -48,13 +48,14 @@ def save(folder: str | Path, content: dict[str, Any], also_as: str | None = None
     the new one under a second name. An interruption from the keyboard waits until all is written.
     """
     folder = Path(folder)
+    new = folder / f"{NEWEST}.new"
     with files.uninterrupted():
-        files.write_weights(folder / f"{NEWEST}.new", content)
+        files.write_weights(new, content)
+        if also_as is not None:  # before the rename, behind which a run that is killed goes on
+            files.same_content(new, folder / also_as)
         if (folder / NEWEST).exists():
             files.same_content(folder / NEWEST, folder / PREVIOUS)
-        (folder / f"{NEWEST}.new").replace(folder / NEWEST)
-        if also_as is not None:
-            files.same_content(folder / NEWEST, folder / also_as)
+        new.replace(folder / NEWEST)
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
 
+_NAMED = 5  # images that a notice names
+
 
 @dataclass
 class Skipped:
@@ -27,8 +29,9 @@ def train(
     loader: Iterable[Sequence[Any]],
     prepare: Callable[[Any], MicroBatch],
     monitor: Monitor,
-    save: Callable[[int], None],
+    save: Callable[[int], bool],
     probe: Callable[[int], None],
+    at: Callable[[str], None],
     interruption: Interruption,
     *,
     start: int,
@@ -38,22 +41,25 @@ def train(
     skipped: Skipped,
     max_bad_steps: int,
     stop_on_collapse: bool,
-    describe: Callable[[Sequence[Any]], str],
+    describe: Callable[[Sequence[Any], Sequence[MicroBatch], bool, int | None], str],
 ) -> None:
     """Take the steps from ``start`` to ``total_steps``.
 
     ``loader`` yields a step's micro-batches as the workers made them, ``prepare`` brings one to
-    the device, ``save(done)`` writes a checkpoint after ``done`` steps, ``probe(done)`` looks at
-    the networks at the end of an epoch, and ``describe`` names a step's images for the person who
-    has to find out why it was dropped. A signal that ``interruption`` puts off is met after its
-    step was saved.
+    the device, ``save(done)`` writes a checkpoint after ``done`` steps and tells whether it could,
+    ``probe(done)`` looks at the networks at the end of an epoch, ``at`` takes the place that the run
+    has come to, and ``describe(batches, micro_batches, suspect, most)`` names a step's images,
+    ``most`` at most, for the person who has to find out why it was dropped. A signal that
+    ``interruption`` puts off is met after its step was saved.
 
     Raises:
         RunFailed: ``max_bad_steps`` steps in a row were dropped; or the run has collapsed, and
             ``stop_on_collapse`` says that this ends it.
     """
     with log.progress(total_steps, "training", start) as advance:
+        at(f"loading the images of step {start}")
         for step, (batches, waited) in enumerate(_with_waiting_time(loader), start):
+            at(f"in step {step}")
             observe = monitor.writes_at(step)
             micro_batches = [prepare(batch) for batch in batches]
             outcome = learner.step(step, micro_batches, observe, interruption.request)
@@ -62,12 +68,14 @@ def train(
             elif not outcome.overflowed:
                 skipped.total += 1
                 skipped.in_a_row += 1
-                log.notice(f"Step {step} was not finite and was dropped; {describe(batches)}.")
+                named = describe(batches, micro_batches, outcome.suspect, _NAMED)
+                log.notice(f"Step {step} was not finite and was dropped; {named}.")
             if skipped.in_a_row >= max_bad_steps:
+                named = describe(batches, micro_batches, outcome.suspect, None)
                 raise RunFailed(
                     f"{skipped.in_a_row} steps in a row were not finite, so the run stopped; the "
                     "last good checkpoint, if one was written, is kept. In the last of them: "
-                    f"{describe(batches)}."
+                    f"{named}."
                 )
             monitor.record(
                 step,
@@ -87,11 +95,13 @@ def train(
             ends_epoch = done % steps_per_epoch == 0
             due = ends_epoch or save_every_steps and done % save_every_steps == 0
             if due or outcome.request:
-                save(done)
-                interruption.saved()
+                at(f"saving after step {step}")
+                interruption.saved(save(done))
                 interruption.answer(outcome.request)
             if ends_epoch:
+                at(f"probing after step {step}")
                 probe(done)
+            at(f"loading the images of step {done}")
 
 
 def _with_waiting_time(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -28,6 +28,8 @@ NOTHING, SAVE = 0, 1
 _NAMES = ("SIGTERM", "SIGUSR2", "SIGINT")  # of some of them a platform may have none
 _SIGNALS = tuple(getattr(signal, name, None) for name in _NAMES)
 
+_SECONDS_TO_NEXT_TRY = 60.0  # after a checkpoint that could not be written
+
 
 class Interruption:
     """What this process asks the others for at the end of a step.
@@ -39,6 +41,7 @@ class Interruption:
     def __init__(self, save_every_minutes: float = 0.0):
         self._seconds = 60.0 * save_every_minutes
         self._saved_at = time.monotonic()
+        self._failed = False
         self._before: dict[int, Any] = {}  # what each signal did
         self._received: set[int] = set()
 
@@ -74,12 +77,14 @@ class Interruption:
         received = [place for place, number in enumerate(_SIGNALS) if number in self._received]
         if received:
             return SAVE + 1 + received[-1]
-        due = self._seconds and time.monotonic() - self._saved_at >= self._seconds
+        every = _SECONDS_TO_NEXT_TRY if self._failed else self._seconds
+        due = every and time.monotonic() - self._saved_at >= every
         return SAVE if due else NOTHING
 
-    def saved(self) -> None:
-        """A checkpoint was written just now."""
+    def saved(self, done: bool = True) -> None:
+        """A checkpoint was written just now; or it could not be, and is soon to be tried again."""
         self._saved_at = time.monotonic()
+        self._failed = not done
 
     def answer(self, request: int) -> None:
         """Do what all agreed on, after the checkpoint that every request asks for.

@@ -38,6 +38,7 @@ class Outcome(NamedTuple):
     observed: dict[str, Tensor]  # how healthy the run is, where that was asked; of all processes
     settings: dict[str, float]
     request: int = 0  # the largest that a process asked for
+    suspect: bool = False  # the step was dropped, and this process's own loss was not finite
 
 
 class Learner:
@@ -127,7 +128,8 @@ class Learner:
             self.loss_scale.update(overflowed)
         measured = {"loss": loss, "grad_norm": norms.mean()} if committed else {}
         observed = watch.measures(loss) if watch and committed else {}
-        return Outcome(committed, overflowed, measured, observed, settings, requested)
+        suspect = not (committed or loss.isfinite())
+        return Outcome(committed, overflowed, measured, observed, settings, requested, suspect)
 
     @torch.no_grad()
     def _teach(

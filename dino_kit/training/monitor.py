@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dino_kit import distributed, files, log
+from dino_kit.journal import Journal
 from dino_kit.training.diagnosis import COLLAPSED, Diagnosis
 
 METRICS, EPOCHS, PROBES = "metrics.jsonl", "log.txt", "probe.jsonl"
@@ -58,6 +59,7 @@ class Monitor:
         self._began = time.perf_counter()
         self._waited = 0.0
         self._timed_steps = 0
+        self._journals = {name: Journal(self.folder / name) for name in (METRICS, EPOCHS, PROBES)}
         self._writer = None
         self._first_window, self._told_of_waiting = True, False
         self.last_line: dict[str, Any] = {}
@@ -96,7 +98,7 @@ class Monitor:
     def record_probe(self, done: int, result: dict[str, Any]) -> None:
         """Take what a probe after ``done`` steps found; on the main process."""
         self.probes.append({"step": done, **result})
-        _append(self.folder / PROBES, self.probes[-1])
+        self._append(PROBES, self.probes[-1])
         self._write_scalars("probe", result, done)
 
     @contextmanager
@@ -134,9 +136,18 @@ class Monitor:
         if "diagnosis" in state:  # a run that was begun before there was one has to be watched anew
             self.diagnosis.load_state_dict(state["diagnosis"])
 
+    def flush(self) -> None:
+        """Bring all lines to the disk, before a checkpoint after which none would be written again.
+
+        Raises:
+            OSError: the folder cannot be written to, or is full.
+        """
+        for journal in self._journals.values():
+            journal.flush()
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        with self._tensorboard() as writer:
+            writer.close()
 
     def _open(self) -> None:
         files.cut_lines(self.folder / METRICS, lambda line: line["step"] <= self.start)
@@ -175,7 +186,7 @@ class Monitor:
         self._window = _Sums()
         self._began, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
         if distributed.is_main():
-            _append(self.folder / METRICS, self.last_line)
+            self._append(METRICS, self.last_line)
             self._write_scalars("train", self.last_line, step + 1)
 
     def _write_epoch(self, step: int) -> None:
@@ -184,13 +195,31 @@ class Monitor:
         if distributed.is_main():
             line = {f"train_{name}": value for name, value in means.items()}
             line |= {"train_lr": settings["lr"], "train_wd": settings["weight_decay"]}
-            _append(self.folder / EPOCHS, line | {"epoch": step // self.steps_per_epoch})
-            self._writer.flush()
+            self._append(EPOCHS, line | {"epoch": step // self.steps_per_epoch})
+            with self._tensorboard() as writer:
+                writer.flush()
 
     def _write_scalars(self, group: str, line: dict[str, Any], done: int) -> None:
-        for name, value in line.items():
-            if not isinstance(value, str) and name != "step":
-                self._writer.add_scalar(f"{group}/{name}", value, done)
+        with self._tensorboard() as writer:
+            for name, value in line.items():
+                if not isinstance(value, str) and name != "step":
+                    writer.add_scalar(f"{group}/{name}", value, done)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        """The writer; one that a full disk has broken does nothing any more."""
+        try:
+            yield self._writer or _NoCurves()
+        except OSError as error:
+            # What its thread could not write is lost to it, and it raises at each call from then on.
+            self._writer = None
+            log.notice(
+                f"{self.folder / TENSORBOARD} could not be written to ({error.strerror}) and gets "
+                f"no more of this process; {METRICS} has the same figures."
+            )
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self._journals[name].append(json.dumps(line))
 
     def _diagnose(self, done: int, health: dict[str, float]) -> str:
         before, state = self.diagnosis.state, self.diagnosis.update(done, health)
@@ -276,6 +305,11 @@ def _own(sums: float | list[float]) -> float:
     return sums
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+class _NoCurves:
+    """In the place of TensorBoard's writer where there is none."""
+
+    def add_scalar(self, name: str, value: float, done: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...

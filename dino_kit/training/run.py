@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from dino_kit import distributed, files, log
+from dino_kit import distributed, files, locks, log
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
 from dino_kit.data.loader import Batch, Loader
 from dino_kit.data.sources.source import Source
-from dino_kit.training import checkpoint, engine
+from dino_kit.errors import RunFailed, is_out_of_memory
+from dino_kit.training import checkpoint, engine, memory
 from dino_kit.training.interruption import Interruption
 from dino_kit.training.learner import Learner, MicroBatch
 from dino_kit.training.monitor import Monitor
+from dino_kit.training.roll_call import RollCall
 
 
 @dataclass
@@ -37,21 +40,29 @@ class Run:
     skipped: engine.Skipped
     start: int
     replaces: bool  # an earlier run in the folder makes way
+    failed_saves: int = 0  # in a row
+    saved: int = 0  # steps of the newest checkpoint that was written; 0 where there is none
 
     def train(self) -> None:
         """Take the remaining steps.
 
         Raises:
-            RunFailed: too many of them are not finite.
+            RunFailed: too many of them are not finite, or of the checkpoints cannot be written; or
+                another process has died or hangs; or the memory does not suffice.
             UserError: an image cannot be used, or too many of them; or another process is training
                 in the folder.
         """
-        if not distributed.is_main():
-            self._train()
-            return
+        self.roll_call = RollCall(60.0 * self.config.dist_timeout_minutes)
+        with self.roll_call.watched():
+            if distributed.is_main():
+                self._train_in_its_folder()
+            else:
+                self._train()
+
+    def _train_in_its_folder(self) -> None:
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with files.lock(folder, "training"):
+        with locks.hold(folder, "training"):
             files.remove_leftovers(folder)
             if self.replaces:
                 checkpoint.remove(folder)
@@ -65,9 +76,10 @@ class Run:
                 )
 
     def _train(self) -> None:
-        steps_per_epoch = self.loader.steps_per_epoch
+        steps_per_epoch, self.saved = self.loader.steps_per_epoch, self.start
         self.monitor.open()
         self.bad_images.open(anew=self.replaces)
+        lacking = ""
         try:
             self.look(self.start)
             interruption = Interruption(self.config.save_every_minutes)
@@ -79,6 +91,7 @@ class Run:
                     self.monitor,
                     self.save,
                     self.look,
+                    self.roll_call.at,
                     interruption,
                     start=self.start,
                     total_steps=self.loader.total_steps,
@@ -89,14 +102,43 @@ class Run:
                     stop_on_collapse=self.config.stop_on_collapse,
                     describe=self.describe,
                 )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = str(error).strip().partition("\n")[0] or "no more can be had"
         finally:
             self.monitor.close()
+        if lacking:  # only now: what an exception refers to keeps its memory
+            raise RunFailed(self._what_fits(lacking))
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint of ``done`` steps, and its copy for good where one is due."""
+    def save(self, done: int) -> bool:
+        """Write the checkpoint of ``done`` steps, and its copy for good where one is due.
+
+        Returns whether the main process, which writes it, could; all processes come to the same.
+
+        Raises:
+            RunFailed: it could not be written, and neither could those before, or it is the last.
+        """
         state, monitored = self.learner.state_dict(), self.monitor.state_dict()
-        if not distributed.is_main():
-            return
+        refusal = self._write(done, state, monitored) if distributed.is_main() else ""
+        if not distributed.total(bool(refusal), self.learner.device):
+            self.failed_saves, self.saved = 0, done
+            return True
+        self.failed_saves += 1
+        kept = f"the one of step {self.saved:,} is intact" if self.saved else "there is none so far"
+        told = f"The checkpoint of step {done:,} could not be written{refusal}; {kept}."
+        last = done == self.loader.total_steps
+        if last or self.failed_saves >= self.config.max_failed_saves:
+            why = "It was the run's last" if last else f"{self.failed_saves} in a row could not"
+            raise RunFailed(
+                f"{told} {why}. Make room in {self.config.output_dir}, or make it "
+                "writable; the same command then goes on from the newest checkpoint."
+            )
+        log.notice(f"{told} The run goes on, and it is tried again in a minute.")
+        return False
+
+    def _write(self, done: int, state: dict[str, Any], monitored: dict[str, Any]) -> str:
+        """Bring all to the disk that belongs to a checkpoint; returns why it was refused, if so."""
         epoch, rest = divmod(done, self.loader.steps_per_epoch)
         content = {
             **state,
@@ -109,9 +151,14 @@ class Run:
             "monitor": monitored,
         }
         due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
-        checkpoint.save(
-            self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
-        )
+        try:
+            self.monitor.flush()
+            checkpoint.save(
+                self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
+            )
+        except OSError as error:
+            return f" ({error.strerror or error})"
+        return ""
 
     def look(self, done: int) -> None:
         """Probe the teacher after ``done`` steps, where an epoch ends at which that is due.
@@ -130,13 +177,70 @@ class Run:
             return
         with self.monitor.paused():
             result = self.probe(backbone, epoch, probes)
+            # Before the line that says that this probe is done: a run that ends between the two
+            # probes again.
+            if done and checkpoint.is_best([p.get("knn_top1") for p in (*probes, result)]):
+                self._keep_as_best()
             self.monitor.record_probe(done, result)
-            if done and checkpoint.is_best([probe.get("knn_top1") for probe in probes]):
-                checkpoint.keep_as_best(self.config.output_dir)
         log.say(f"epoch {epoch}: {result['sentence']}")
 
-    def describe(self, batches: Sequence[Batch]) -> str:
-        """The images of a step on this process, for the person who looks for the fault."""
-        names = [self.source.name(int(i)) for batch in batches for i in batch.indices]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"its images are {', '.join(names[:5])}{more}"
+    def _keep_as_best(self) -> None:
+        try:
+            checkpoint.keep_as_best(self.config.output_dir)
+        except OSError as error:
+            log.notice(f"{checkpoint.BEST} could not be written ({error.strerror or error}).")
+
+    def _what_fits(self, lacking: str) -> str:
+        """What to do where there is too little memory. The networks are of no use afterwards."""
+        memory.set_free()
+        batches = next(iter(self.loader))
+        asked, total = max(len(batch.indices) for batch in batches), self.config.total_batch_size
+        told = f"The memory does not suffice for {asked} images at a time ({lacking})"
+        if distributed.world_size() > 1:  # to try it takes all processes, of which some go on
+            fit, fits = asked // 2, f"{asked // 2} may fit"
+        else:
+            fit = memory.most_that_fit(lambda images: self._try(batches[0], images), asked)
+            fits = f"{fit} fit"
+        if not fit:
+            return f"{told}, nor for one; a smaller network, smaller or fewer crops need less."
+        if self.config.use_bn_in_head:
+            fit *= distributed.world_size()
+            return f"{told}; {fits}: give --total_batch_size {fit}, which is another run."
+        return (
+            f"{told}; {fits}: --batch_size_per_gpu {fit} --total_batch_size {total} is the same "
+            f"run, its batch taken in parts, and --total_batch_size {fit} one of smaller batches; "
+            "--probe_freq 0 leaves out the probes, if it is they that need so much."
+        )
+
+    def _try(self, batch: Batch, images: int) -> None:
+        whole = self.prepare(batch)
+        groups = [group[:, :images] for group in whole.groups]
+        self.learner.step(self.start, [MicroBatch(groups, whole.places[:images])])
+
+    def describe(
+        self,
+        batches: Sequence[Batch],
+        micro_batches: Sequence[MicroBatch],
+        suspect: bool,
+        most: int | None,
+    ) -> str:
+        """The images of a step that went wrong, ``most`` of them by name; all have to call it.
+
+        They are those with a crop that is not finite; where there is none, those of the processes
+        whose loss was not, which is what ``suspect`` tells of this one; else those of all, whose
+        gradients are averaged.
+        """
+        indices = torch.cat([batch.indices for batch in batches]).to(self.learner.device)
+        broken = [
+            torch.stack([~group.isfinite().all(dim=(0, 2, 3, 4)) for group in batch.groups]).any(0)
+            for batch in micro_batches
+        ]
+        evidence = torch.cat(broken).long() * 2 + suspect
+        indices, evidence = (distributed.all_gather(own[None]) for own in (indices, evidence))
+        guilty = evidence == evidence.max()  # (processes, images)
+        where, processes = "", guilty.any(dim=1).nonzero().flatten().tolist()
+        if len(processes) < len(guilty):
+            where = f"of process {', '.join(map(str, processes))} (of {len(guilty)}) "
+        names = [self.source.name(index) for index in indices[guilty].tolist()]
+        more = f" and {len(names) - most} more" if most and len(names) > most else ""
+        return f"its images {where}are {', '.join(names[:most])}{more}"
