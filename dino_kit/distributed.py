@@ -9,6 +9,7 @@ identity, so the code of a step is the same everywhere.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,12 @@ def stop() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        threads = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if threads:
+            # One of them may still have to free a tensor, for which it takes the interpreter's
+            # lock; while the interpreter ends, that aborts a process that has done all its work.
+            time.sleep(0.1)
 
 
 def is_failure(error: BaseException) -> bool:

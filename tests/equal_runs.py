@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -48,8 +47,6 @@ RUNS = {
         {"arch": "resmlp", "num_heads": None} | FSDP, {"arch": "resmlp", "num_heads": None}
     ),
 }  # fmt: skip
-if shutil.which("g++"):
-    RUNS["centre, sharded and compiled"] = (FSDP | {"compile": True}, {})
 QUICK = (
     "centre", "centre, sharded and accumulated", "Sinkhorn-Knopp, sharded", "batch norm, SGD",
     "sharded, poisoned",

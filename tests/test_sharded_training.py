@@ -92,6 +92,11 @@ def test_knn_by_two_processes_gives_the_numbers_of_one(root):
         torch.testing.assert_close(*tensors)
 
 
+def test_shards_are_not_compiled(root, capsys):
+    assert train(root, "compiled", "--fsdp", "true", "--compile", "true") == 2
+    assert "--fsdp true and --compile true do not go together" in capsys.readouterr().err
+
+
 def test_fsdp_on_one_process_is_a_run_as_any_other(root, capsys):
     assert train(root, "alone", "--fsdp", "true") == 0
     assert "--fsdp has no effect on one process" in capsys.readouterr().err

@@ -251,6 +251,8 @@ class Optimisation:
                 f"--use_fp16 {str(self.use_fp16).lower()} contradicts --precision "
                 f"{self.precision}; give one."
             )
+        if self.fsdp and self.compile:
+            raise UserError("--fsdp true and --compile true do not go together; give one.")
 
 
 @dataclass(frozen=True, kw_only=True)
