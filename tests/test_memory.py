@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -93,34 +90,6 @@ def test_the_most_that_fit(room):
 
     assert memory.most_that_fit(take, 13) == room
     assert len(tried) <= 4
-
-
-LIMITED = """
-import resource, sys
-from dino_kit import cli
-from dino_kit.training.learner import Learner
-take = Learner.step
-def step(*arguments):
-    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        pages = int(open("/proc/self/statm").read().split()[0])
-        limit = pages * resource.getpagesize() + (60 << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return take(*arguments)
-Learner.step = step
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not limit it")
-def test_memory_that_the_system_refuses(pictures, tmp_path):  # noqa: F811
-    flags = ("--global_crops_size", 64, "--total_batch_size", 20, "--batch_size_per_gpu", 20,
-             "--local_crops_number", 0, "--depth", 6)  # fmt: skip
-    line = [sys.executable, "-c", LIMITED, *words(pictures, tmp_path, *flags)]
-    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
-    assert done.returncode == 1, done.stderr
-    found = re.search(r"(?:can't allocate memory|could not create).*; (\d+) fit: --batch_size_per_gpu \1 ", done.stderr)
-    assert found and 0 < int(found[1]) < 20, done.stderr
 
 
 def test_of_two_processes_both_end(pictures, tmp_path):  # noqa: F811

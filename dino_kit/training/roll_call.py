@@ -108,8 +108,9 @@ class RollCall:
             store.set(_answer(distributed.rank()), self._where())
             _wait(store, [_answer(rank) for rank in others])
             for rank in others:
-                if store.check([_answer(rank)]):
-                    answers[rank] = store.get(_answer(rank)).decode()
+                for key in (_answer(rank), _left(rank)):  # the reason it left counts for more
+                    if store.check([key]):
+                        answers[rank] = store.get(key).decode()
         except (AttributeError, RuntimeError):  # with its host, process 0, the store has gone
             return self._told_of([0], count)
         silent = [rank for rank in others if not answers[rank]]
@@ -137,9 +138,9 @@ class RollCall:
         """Leave word, and let those that ask for it have it: the main process hosts the store."""
         with suppress(Exception):
             store = _store()
+            store.set(_left(distributed.rank()), why)  # the thread may yet write its answer
             store.set(_answer(distributed.rank()), why)
             store.set(_TROUBLE, "yes")
-            store.set(_left(distributed.rank()), "yes")
             if distributed.is_main():
                 _wait(store, [_left(rank) for rank in range(distributed.world_size())])
 
