@@ -156,6 +156,14 @@ def test_a_file_is_no_folder_for_a_run(capsys, tmp_path):
     assert "out" in capsys.readouterr().err and not (tmp_path / "jobs").exists()
 
 
+def test_a_snapshot_is_refused_where_python_could_not_import_it(capsys, tmp_path):
+    folder = f"{tmp_path}/a{os.pathsep}b"
+    line = ["local", "--snapshot", "--data_path", "d", "--output_dir", folder]
+    assert cli.main(["launch", *line]) == 2
+    assert "Python cannot import from" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("code_*"))
+
+
 @pytest.mark.parametrize("key", ["profile", "command"])
 def test_a_profile_names_neither_another_one_nor_a_command(tmp_path, key):
     (tmp_path / "mine.yaml").write_text(f"{key}: x\n")
@@ -377,10 +385,27 @@ def test_slurm_is_asked_first_and_its_accounting_afterwards(monkeypatch):
     monkeypatch.setattr(state, "_output", lambda *command: answers.get(command[0], ""))
     found = state.state_of(submitted(), Path())
     assert (found.name, found.reason, found.restarts) == ("PENDING", "BeginTime", 2)
-    answers = {"sacct": "CANCELLED by 0|node1|00:01:00\n"}
+    answers = {"sacct": "7|CANCELLED by 0|node1|00:01:00\n"}
     assert state.state_of(submitted(), Path()).ended
     answers.clear()
     assert state.state_of(submitted(), Path()).name == "UNKNOWN"
+
+
+def test_elements_cancelled_before_they_began_are_known_as_the_rest_of_their_array(monkeypatch):
+    shown = {
+        "scontrol": "JobId=7 ArrayJobId=7 ArrayTaskId=4294967294 JobState=CANCELLED\n"
+        "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobState=COMPLETED\n",
+        "sacct": "7_[1-2%1]|CANCELLED by 0|None assigned|00:00:00\n7_0|COMPLETED|one|00:00:03\n",
+    }
+
+    def output(name, *words):
+        return shown[name] if words[-1] == "7" or "7" in words else ""
+
+    monkeypatch.setattr(state, "_output", output)
+    for _ in range(2):  # by scontrol, and where that has forgotten the job by sacct
+        assert state.state_of(submitted(job="7_2", tasks=1), Path()).name == "CANCELLED"
+        shown["scontrol"] = ""
+    assert state.state_of(submitted(job="7_0", tasks=1), Path()).name == "COMPLETED"
 
 
 def test_where_nobody_knows_of_a_job_the_words_of_all_its_processes_count(tmp_path, monkeypatch):

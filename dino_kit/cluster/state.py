@@ -21,6 +21,7 @@ ENDED = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 )
 UNKNOWN = "UNKNOWN"
+_REST = 2**32 - 2  # Slurm's NO_VAL, in place of an element's number
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,15 @@ def state_of(entry: Submitted, folder: Path) -> State:
 
 
 def _slurm(job: str) -> State:
-    """By scontrol, which knows of a job until some minutes after its end; then by sacct."""
+    """By scontrol, which knows of a job until some minutes after its end; then by sacct.
+
+    Elements of an array that were cancelled before they began are known as the rest of the array.
+    """
+    array, _, element = job.partition("_")
     shown = _output("scontrol", "show", "job", "-o", job)
+    if element and not shown:
+        records = _output("scontrol", "show", "job", "-o", array).splitlines()
+        shown = "".join(record for record in records if f" ArrayTaskId={_REST} " in record)
     told = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     if "JobState" in told:
         reason = told.get("Reason", "None")
@@ -72,11 +80,14 @@ def _slurm(job: str) -> State:
             told.get("RunTime", ""),
             int(told.get("Restarts", "0")),
         )
-    accounted = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,Elapsed")
-    for line in reversed(accounted.splitlines()):
-        name, nodes, elapsed = line.split("|")
-        # "CANCELLED by 0" says by whom.
-        return State(name.split()[0], nodes, elapsed=elapsed)
+    accounted = _output("sacct", "-X", "-n", "-P", "-j", array, "-o", "JobID,State,NodeList,Elapsed")
+    rows = {number: rest for number, *rest in (line.split("|") for line in accounted.splitlines())}
+    for number in (job, *(number for number in rows if number.startswith(f"{array}_["))):
+        if number in rows:
+            name, nodes, elapsed = rows[number]
+            # "CANCELLED by 0" says by whom.
+            nodes = "" if nodes == "None assigned" else nodes
+            return State(name.split()[0], nodes, elapsed=elapsed)
     return State(UNKNOWN)
 
 

@@ -194,8 +194,13 @@ def _outside_of_a_job() -> Iterator[None]:
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copy the package as it is now into ``folder``; returns where to import it from."""
+    """Copy the package as it is now into ``folder``; returns where to import it from.
+
+    Raises:
+        UserError: Python could not import it from there.
+    """
     target = folder / time.strftime("code_%Y%m%d_%H%M%S")
+    code_variables(target)
     package = Path(files.__file__).parent
     shutil.copytree(
         package, target / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.tmp")
@@ -207,6 +212,11 @@ def code_variables(code: Path | None) -> dict[str, str]:
     """The environment in which Python imports the package from ``code``."""
     if code is None:
         return {}
+    if os.pathsep in str(code):
+        raise UserError(
+            f"Python cannot import from {code}: {os.pathsep} stands between two of its folders; give "
+            "--snapshot another --job_dir."
+        )
     if sys.version_info < (3, 11) and Path(Path(files.__file__).parent.name).is_dir():
         raise UserError(
             "Before Python 3.11 the folder that a job is started in comes first, and this one holds "
