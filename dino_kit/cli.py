@@ -25,37 +25,39 @@ _REFUSED_BY_THE_SYSTEM = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status.
+    """Run a command line; returns the exit status, and prints why it is not 0.
 
     0 is success, 1 a run that had to stop or a check that found a fault, 2 a fault of the input,
     128 + its number a signal that it stopped for, as 130 for an interruption from the keyboard.
     """
+    status, told = outcome(list(sys.argv[1:] if arguments is None else arguments))
+    if told:
+        print(f"dino-kit: {told}", file=sys.stderr)
+    return status
+
+
+def outcome(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command line; returns the exit status, and the sentence that says why it is not 0."""
     try:
-        status = _main(list(sys.argv[1:] if arguments is None else arguments))
+        status = _main(list(words))
         sys.stdout.flush()
-        return status
+        return status, ""
     except UserError as error:
-        print(f"dino-kit: error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"error: {error}"
     except RunFailed as error:
-        print(f"dino-kit: stopped: {error}", file=sys.stderr)
-        return 1
+        return 1, f"stopped: {error}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         told = str(error).strip().partition("\n")[0] or "no more can be had"
-        print(
-            f"dino-kit: stopped: the memory does not suffice ({told}); a smaller "
-            "--batch_size_per_gpu, smaller crops or images, or a smaller network need less.",
-            file=sys.stderr,
+        return 1, (
+            f"stopped: the memory does not suffice ({told}); a smaller --batch_size_per_gpu, "
+            "smaller crops or images, or a smaller network need less."
         )
-        return 1
     except KeyboardInterrupt:
-        print("dino-kit: interrupted.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, "interrupted."
     except Interrupted as error:
-        print(f"dino-kit: stopped by {signal.Signals(error.number).name}.", file=sys.stderr)
-        return 128 + error.number
+        return 128 + error.number, f"stopped by {signal.Signals(error.number).name}."
     except BrokenPipeError:
         # The reader of the output has gone, as `| head` does; nothing is left to say to it, and
         # the interpreter's own flush at its end must not fail either.
@@ -66,9 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _REFUSED_BY_THE_SYSTEM:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"dino-kit: error: {where}{error.strerror}.", file=sys.stderr)
-        return 2
-    return 0
+        return 2, f"error: {where}{error.strerror}."
+    return 0, ""
 
 
 def _main(words: list[str]) -> int:

@@ -203,11 +203,12 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(pictures, tmp_path
 
 
 @posix
-def test_data_workers_heed_only_their_parent():
+@pytest.mark.parametrize("way", ["spawn", "forkserver"])
+def test_data_workers_heed_only_their_parent(way):
     """Slurm and terminals signal every process of a job, and the run ends its workers itself."""
     import multiprocessing
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(way)
     ready, end = context.Event(), context.Event()
     worker = context.Process(target=_work, args=(ready, end), daemon=True)
     worker.start()

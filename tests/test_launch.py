@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from dino_kit import cli, files
 from dino_kit.cluster import job, state, submission, waiting
 from dino_kit.cluster.state import State
 from dino_kit.config import command_line
-from dino_kit.errors import UserError
+from dino_kit.errors import RunFailed, UserError
 
 ROOT = Path(__file__).parent.parent
 DIGITS = [*TINY, "--in_chans", "3", "--data_path", "digits", "--warmup_epochs", "0",
@@ -94,6 +95,7 @@ def test_a_job_on_cpus_asks_for_no_gpus(capsys, tmp_path):
 
 
 def test_an_array_has_a_job_for_each_checkpoint(capsys, tmp_path):
+    (tmp_path / "a.pth").touch()
     shown = dry(
         capsys,
         f"launch slurm --array -- knn {tmp_path}/a.pth {tmp_path}/b.pth --data_path d",
@@ -124,6 +126,12 @@ def test_the_command_is_divided_where_the_two_dashes_are():
         ("slurm -- train --data_path d --output_dir o --epoch 3", "did you mean --epochs?"),
         ("slurm --ngpus 2 --gpus_per_node 4 -- knn", "--ngpus 2 contradicts --gpus_per_node 4"),
         ("slurm --ngpus 2 --tasks_per_node 4 -- knn", "--tasks_per_node 4 contradicts 2 GPUs"),
+        ("slurm --partiton p --data_path d --output_dir o", "did you mean --partition?"),
+        ("slurm --nodes 2 knn x --data_path d", "Before knn -- is missing: dino-kit launch slurm"),
+        ("local knn x --data_path d", "Before knn -- is missing: dino-kit launch local"),
+        ("slurm --container 'a -- knn", 'in which a quotation mark has no second'),
+        ("slurm -- knn x --data_path d", "There is no checkpoint x; where another job"),
+        ("slurm -- train --data_path d --output_dir 50%j", "for % Slurm puts numbers into the path"),
         ("slurm --use_volta32 --constraint x -- knn", "--use_volta32 contradicts --constraint x"),
         ("slurm --srun_args --mpi=none -- knn", "no flag --mpi"),
         ("slurm --array -- knn --data_path d", "there is none: name checkpoints there"),
@@ -139,6 +147,40 @@ def test_faults_are_told_before_anything_is_started(capsys, tmp_path, monkeypatc
     assert cli.main(["launch", *line.split()]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_for_a_run(capsys, tmp_path):
+    (tmp_path / "out").touch()
+    line = ["launch", "slurm", "--data_path", "d", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(line) == 2
+    assert "out" in capsys.readouterr().err and not (tmp_path / "jobs").exists()
+
+
+def test_a_snapshot_is_refused_where_python_could_not_import_it(capsys, tmp_path):
+    folder = f"{tmp_path}/a{os.pathsep}b"
+    line = ["local", "--snapshot", "--data_path", "d", "--output_dir", folder]
+    assert cli.main(["launch", *line]) == 2
+    assert "Python cannot import from" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("code_*"))
+
+
+@pytest.mark.parametrize("key", ["profile", "command"])
+def test_a_profile_names_neither_another_one_nor_a_command(tmp_path, key):
+    (tmp_path / "mine.yaml").write_text(f"{key}: x\n")
+    with pytest.raises(UserError, match=f"has the key {key}; that stands on the command line"):
+        parsed(f"launch slurm --profile {tmp_path}/mine.yaml -- knn x")
+
+
+def test_what_people_set_once_for_sbatch_holds_unless_it_is_given(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("PARTITION", "ACCOUNT", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", f"my_{name.lower()}")
+    line = f"launch slurm --qos given --data_path d --output_dir {tmp_path}"
+    shown = dry(capsys, line)
+    for flag in ("--partition=my_partition", "--account=my_account", "--qos=given"):
+        assert f"#SBATCH {flag}\n" in shown
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # then these can be that job's
+    assert "my_account" not in dry(capsys, line)
 
 
 def test_a_mistake_in_a_profile_names_its_line(tmp_path):
@@ -208,6 +250,7 @@ def test_a_run_that_begins_anew_does_so_once(monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again without our asking
     assert begins.words_now()[-1] == "--resume=auto"
     assert job.Job(["knn", "x"]).words_now() == ("knn", "x")
+    assert job.Job(["train", "mine.yaml"]).words_now()[-1] == "--resume=auto"  # it can say never
 
 
 @posix
@@ -230,6 +273,41 @@ def test_only_the_main_process_asks_for_a_requeue_and_none_leaves_an_error(tmp_p
             signal.signal(number, was)
     assert ended.value.code == 0
     assert asked == ([signal.SIGUSR2] if rank == 0 else [])
+
+
+@posix
+def test_a_job_out_of_time_too_often_says_so(tmp_path):
+    from submitit.core.utils import UncompletedJobError
+
+    def handler(number, frame):
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        job._take_signals(environment(tmp_path, rank=0))
+        with pytest.raises(RunFailed, match="more often than --max_timeouts allows"):
+            signal.raise_signal(signal.SIGUSR2)
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+def test_a_command_that_fails_is_told_by_its_sentence_and_a_fault_of_ours_by_its_traceback(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "process_group", lambda *_: {})
+    monkeypatch.setattr(job, "_take_signals", lambda _: None)
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: environment(tmp_path))
+    for words in (["train", "--data_path", "d"], ["report", str(tmp_path)]):
+        try:
+            job.Job(words)()
+        except RunFailed:
+            leave(tmp_path, 0, "error", traceback.format_exc())
+        verdict = waiting.verdict(submitted(), tmp_path, State("FAILED"))
+        (line,) = verdict.splitlines()
+        assert line.startswith("Process 0 of job 7 failed: error: ")
+    leave(tmp_path, 0, "error", "Traceback\n  somewhere\nValueError: x\n")
+    assert "somewhere" in waiting.verdict(submitted(), tmp_path, State("FAILED"))
 
 
 # Waiting
@@ -307,13 +385,82 @@ def test_slurm_is_asked_first_and_its_accounting_afterwards(monkeypatch):
     monkeypatch.setattr(state, "_output", lambda *command: answers.get(command[0], ""))
     found = state.state_of(submitted(), Path())
     assert (found.name, found.reason, found.restarts) == ("PENDING", "BeginTime", 2)
-    answers = {"sacct": "CANCELLED by 0|node1|00:01:00\n"}
+    answers = {"sacct": "7|CANCELLED by 0|node1|00:01:00\n"}
     assert state.state_of(submitted(), Path()).ended
     answers.clear()
     assert state.state_of(submitted(), Path()).name == "UNKNOWN"
 
 
+def test_elements_cancelled_before_they_began_are_known_as_the_rest_of_their_array(monkeypatch):
+    shown = {
+        "scontrol": "JobId=7 ArrayJobId=7 ArrayTaskId=4294967294 JobState=CANCELLED\n"
+        "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobState=COMPLETED\n",
+        "sacct": "7_[1-2%1]|CANCELLED by 0|None assigned|00:00:00\n7_0|COMPLETED|one|00:00:03\n",
+    }
+
+    def output(name, *words):
+        return shown[name] if words[-1] == "7" or "7" in words else ""
+
+    monkeypatch.setattr(state, "_output", output)
+    for _ in range(2):  # by scontrol, and where that has forgotten the job by sacct
+        assert state.state_of(submitted(job="7_2", tasks=1), Path()).name == "CANCELLED"
+        shown["scontrol"] = ""
+    assert state.state_of(submitted(job="7_0", tasks=1), Path()).name == "COMPLETED"
+
+
+def test_where_nobody_knows_of_a_job_the_words_of_all_its_processes_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_output", lambda *command: "")
+    leave(tmp_path, 0, "success")
+    assert state.state_of(submitted(), tmp_path).name == "UNKNOWN"
+    leave(tmp_path, 1, "success")
+    assert state.state_of(submitted(), tmp_path).name == "COMPLETED"
+    leave(tmp_path, 1, "error")
+    assert state.state_of(submitted(), tmp_path).name == "FAILED"
+
+
+class Ran:
+    def __reduce__(self):
+        return print, ("code of somebody else's folder",)
+
+
+def test_to_look_at_somebodys_folder_runs_none_of_its_code(tmp_path, capsys):
+    leave(tmp_path, 0, "success", Ran())
+    assert state.result_of(submitted(), tmp_path, 0) == (None, "")
+    assert capsys.readouterr().out == ""
+
+
+def test_why_a_job_waits_is_told_when_it_changes(tmp_path, monkeypatch, capsys):
+    told = iter([State("PENDING", reason=why, elapsed="00:00:00") for why in ("", "PartitionConfig")])
+    monkeypatch.setattr(waiting, "state_of", lambda *_: next(told, State("CANCELLED")))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    waiting.wait(submitted(), tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "job 7: PENDING", "job 7: PENDING (PartitionConfig)", "job 7: CANCELLED"
+    ]  # fmt: skip
+
+
 # On this machine
+
+
+def test_a_job_here_keeps_to_the_gpus_of_its_shell(tmp_path, monkeypatch):
+    found = {}
+
+    def start(**options):
+        found.update(options)
+        return SimpleNamespace(pid=7)
+
+    monkeypatch.setattr("submitit.local.local.start_controller", start)
+    for visible, gpus, given in (("2,GPU-5", 2, "2,GPU-5"), ("2,3", 1, "2"), ("", 2, "0,1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        submission.submit_here(tmp_path, ["train"], gpus, 1, None)
+        assert found["cuda_devices"] == given and found["tasks_per_node"] == gpus
+
+
+def test_a_system_without_the_signals_is_told_of_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(signal, "SIGUSR2", raising=False)
+    line = ["launch", "local", "--data_path", "d", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(line) == 2
+    assert "torchrun" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def launch(*words: str) -> subprocess.Popen:
@@ -348,7 +495,8 @@ def test_a_failure_here_is_told_with_what_the_process_said(tmp_path, capsys):
                      "--data_path", str(tmp_path / "missing"))  # fmt: skip
     _, complained = running.communicate(timeout=300)
     assert running.returncode == 1
-    assert "ended with status 2" in complained and str(tmp_path / "missing") in complained
+    assert "failed: error: " in complained and str(tmp_path / "missing") in complained
+    assert "Traceback" not in complained
     assert cli.main(["launch", "status", str(out)]) == 1
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from dino_kit.config import command_line, fields
+from dino_kit.config.commands import COMMANDS
 from dino_kit.errors import RunFailed
 
 # Below the ports that systems hand out by themselves.
@@ -31,7 +33,7 @@ class Job:
     ``starts`` counts how often it was queued again on its own demand.
 
     Raises:
-        RunFailed: when called, and the command ended with a status other than 0.
+        RunFailed: when called, and the command ended with a status other than 0; it says why.
     """
 
     def __init__(self, words: Sequence[str], starts: int = 0):
@@ -46,17 +48,19 @@ class Job:
         os.environ.update(process_group(environment, self.starts))
         _take_signals(environment)
         # By its name, because the command line stands above everything that it can start.
-        status = importlib.import_module("dino_kit.cli").main(self.words_now())
+        status, told = importlib.import_module("dino_kit.cli").outcome(self.words_now())
         if status:
             line = shlex.join(["dino-kit", *self.words])
-            raise RunFailed(f"{line} ended with status {status}")
+            raise RunFailed(told or f"{line} ended with status {status}")
         return status
 
     def words_now(self) -> tuple[str, ...]:
         """The command line of this start: what was to begin anew did so at the first one."""
         again = self.starts or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        flags = {word.partition("=")[0] for word in self.words}
-        return (*self.words, "--resume=auto") if again and "--resume" in flags else self.words
+        name, _ = command_line.named(self.words)
+        # A recipe can say it, too.
+        resumes = "resume" in fields.names(COMMANDS[name].schema)
+        return (*self.words, "--resume=auto") if again and resumes else self.words
 
     def checkpoint(self) -> Any:
         """What is queued again: the same command, which goes on where its folder says."""
@@ -103,10 +107,17 @@ def _take_signals(environment: Any) -> None:
 def _requeue(
     environment: Any, handler: Callable[[int, FrameType | None], Any]
 ) -> Callable[[int, FrameType | None], None]:
+    from submitit.core.utils import UncompletedJobError
+
     def warned(number: int, frame: FrameType | None) -> None:
         if environment.global_rank == 0:
             try:
                 handler(number, frame)
+            except UncompletedJobError as error:
+                raise RunFailed(
+                    "Its time was up more often than --max_timeouts allows; the same command goes "
+                    "on from the last checkpoint."
+                ) from error
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
                 # Without a time of grace Slurm queues the job again by itself, and refuses ours.
                 print("Slurm did not take the request to queue the job again.", flush=True)

@@ -21,6 +21,7 @@ ENDED = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 )
 UNKNOWN = "UNKNOWN"
+_REST = 2**32 - 2  # Slurm's NO_VAL, in place of an element's number
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class State:
     def __str__(self) -> str:
         told = self.name
         told += f" on {self.nodes}" if self.nodes and not self.ended else ""
-        told += f" for {self.elapsed}" if self.elapsed and not self.ended else ""
-        told += f" after {self.elapsed}" if self.elapsed and self.ended else ""
+        if self.elapsed.strip("0:"):
+            told += f" {'after' if self.ended else 'for'} {self.elapsed}"
         told += f" ({self.reason})" if self.reason else ""
         if self.restarts:
             told += f", started again {self.restarts} time{'s' if self.restarts > 1 else ''}"
@@ -50,12 +51,24 @@ class State:
 
 def state_of(entry: Submitted, folder: Path) -> State:
     """The state of a job now; :data:`UNKNOWN` where nobody knows of it."""
-    return _local(entry, folder) if entry.cluster == "local" else _slurm(entry.job)
+    if entry.cluster == "local":
+        return _local(entry, folder)
+    told = _slurm(entry.job)
+    if told.name == UNKNOWN:  # as it is some minutes after the end where there is no accounting
+        return _by_results(entry, folder) or told
+    return told
 
 
 def _slurm(job: str) -> State:
-    """By scontrol, which knows of a job until some minutes after its end; then by sacct."""
+    """By scontrol, which knows of a job until some minutes after its end; then by sacct.
+
+    Elements of an array that were cancelled before they began are known as the rest of the array.
+    """
+    array, _, element = job.partition("_")
     shown = _output("scontrol", "show", "job", "-o", job)
+    if element and not shown:
+        records = _output("scontrol", "show", "job", "-o", array).splitlines()
+        shown = "".join(record for record in records if f" ArrayTaskId={_REST} " in record)
     told = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     if "JobState" in told:
         reason = told.get("Reason", "None")
@@ -67,11 +80,14 @@ def _slurm(job: str) -> State:
             told.get("RunTime", ""),
             int(told.get("Restarts", "0")),
         )
-    accounted = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,Elapsed")
-    for line in reversed(accounted.splitlines()):
-        name, nodes, elapsed = line.split("|")
-        # "CANCELLED by 0" says by whom.
-        return State(name.split()[0], nodes, elapsed=elapsed)
+    accounted = _output("sacct", "-X", "-n", "-P", "-j", array, "-o", "JobID,State,NodeList,Elapsed")
+    rows = {number: rest for number, *rest in (line.split("|") for line in accounted.splitlines())}
+    for number in (job, *(number for number in rows if number.startswith(f"{array}_["))):
+        if number in rows:
+            name, nodes, elapsed = rows[number]
+            # "CANCELLED by 0" says by whom.
+            nodes = "" if nodes == "None assigned" else nodes
+            return State(name.split()[0], nodes, elapsed=elapsed)
     return State(UNKNOWN)
 
 
@@ -87,12 +103,20 @@ def _output(*command: str) -> str:
 
 
 def _local(entry: Submitted, folder: Path) -> State:
-    kinds = [result_of(entry, folder, task)[0] for task in range(entry.tasks)]
-    if None not in kinds:
-        return State("FAILED" if "error" in kinds else "COMPLETED")
+    ended = _by_results(entry, folder)
+    if ended:
+        return ended
     if entry.host != socket.gethostname():
         return State(UNKNOWN, reason=f"it runs on {entry.host}")
     return State("RUNNING" if _is_running(int(entry.job)) else "FAILED")
+
+
+def _by_results(entry: Submitted, folder: Path) -> State | None:
+    """The state of a job all of whose processes have left a word."""
+    kinds = [result_of(entry, folder, task)[0] for task in range(entry.tasks)]
+    if None in kinds:
+        return None
+    return State("FAILED" if "error" in kinds else "COMPLETED")
 
 
 def _is_running(process: int) -> bool:
@@ -105,13 +129,20 @@ def _is_running(process: int) -> bool:
     return True
 
 
+class _OfPlainData(pickle.Unpickler):
+    """Results are words and numbers, and anybody's folder can be looked at: no code is run."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+
+
 def result_of(entry: Submitted, folder: Path, task: int) -> tuple[str | None, str]:
     """How a process ended (``success``, ``error``, None where it left no word), and its traceback."""
     path = entry.path(folder, "result_pickle", task)
     try:
         with open(path, "rb") as file:
-            kind, value = pickle.load(file)
-    except (OSError, EOFError, pickle.UnpicklingError):
+            kind, value = _OfPlainData(file).load()
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError):
         return None, ""
     return kind, str(value) if kind == "error" else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from dino_kit.config.launch import GB_PER_GPU, VOLTA_32, SlurmConfig
 from dino_kit.errors import UserError
 
 SUBMITTED = "submitted.jsonl"
+# What people set once in their shells: sbatch reads SBATCH_ACCOUNT and its like.
+_OF_THE_SHELL = ("partition", "account", "qos")
 # A signal before Python has its handlers would end the job; ignored, it leaves the requeue to Slurm.
 _START = 'trap "" TERM USR2; exec {python} "$@"'
 
@@ -73,9 +76,7 @@ def slurm_parameters(config: SlurmConfig, gpus: int, code: Path | None) -> dict[
         "mem": f"{round(memory * 1024)}MB" if memory else None,
         "time": config.timeout,
         "signal_delay_s": config.signal_delay,
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
+        **{name: getattr(config, name) or _of_the_shell(name) for name in _OF_THE_SHELL},
         "constraint": VOLTA_32 if config.use_volta32 else config.constraint,
         "comment": config.comment,
         "array_parallelism": config.array_parallelism,
@@ -93,6 +94,11 @@ def slurm_parameters(config: SlurmConfig, gpus: int, code: Path | None) -> dict[
         },
     }
     return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _of_the_shell(name: str) -> str | None:
+    """sbatch's own variable, which it does not get to see; in a job it would be that job's."""
+    return None if "SLURM_JOB_ID" in os.environ else os.environ.get(f"SBATCH_{name.upper()}")
 
 
 def _named(word: str) -> tuple[str, Any]:
@@ -128,10 +134,13 @@ def submit_to_slurm(
     executor = submitit.SlurmExecutor(folder, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**parameters)
     try:
-        with _outside_of_a_job(), executor.batch():
+        # submitit prints what sbatch says, and so do we.
+        with _outside_of_a_job(), redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(Job(words)) for words in lines]
     except FailedJobError as error:
-        told = " ".join(str(error).split()).removeprefix("sbatch: error: ")
+        told = "; ".join(
+            line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()
+        )
         raise UserError(f"Slurm refuses the job: {told}") from error
     tasks = parameters["nodes"] * parameters["ntasks_per_node"]
     return [
@@ -149,6 +158,11 @@ def submit_here(folder: Path, words: Sequence[str], gpus: int, tasks: int, code:
     executor.update_parameters(
         timeout_min=525_600, gpus_per_node=gpus, tasks_per_node=gpus or tasks
     )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if gpus and visible:
+        # submitit would take the machine's first ones; and it asks for numbers, where the names
+        # that CUDA knows as well do.
+        executor.parameters["visible_gpus"] = visible.split(",")
     before = os.environ.copy()
     try:
         os.environ.update(code_variables(code))
@@ -180,8 +194,13 @@ def _outside_of_a_job() -> Iterator[None]:
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copy the package as it is now into ``folder``; returns where to import it from."""
+    """Copy the package as it is now into ``folder``; returns where to import it from.
+
+    Raises:
+        UserError: Python could not import it from there.
+    """
     target = folder / time.strftime("code_%Y%m%d_%H%M%S")
+    code_variables(target)
     package = Path(files.__file__).parent
     shutil.copytree(
         package, target / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.tmp")
@@ -193,6 +212,11 @@ def code_variables(code: Path | None) -> dict[str, str]:
     """The environment in which Python imports the package from ``code``."""
     if code is None:
         return {}
+    if os.pathsep in str(code):
+        raise UserError(
+            f"Python cannot import from {code}: {os.pathsep} stands between two of its folders; give "
+            "--snapshot another --job_dir."
+        )
     if sys.version_info < (3, 11) and Path(Path(files.__file__).parent.name).is_dir():
         raise UserError(
             "Before Python 3.11 the folder that a job is started in comes first, and this one holds "
@@ -204,5 +228,10 @@ def code_variables(code: Path | None) -> dict[str, str]:
 
 def prepare_folder(folder: Path) -> None:
     """Make the folder of the logs. Raises :class:`UserError` where it cannot be one."""
+    if "%" in str(folder):
+        raise UserError(
+            f"The job's logs cannot be in {folder}: for % Slurm puts numbers into the path; give "
+            "another --output_dir or --job_dir."
+        )
     files.require_folder("job_dir", str(folder))
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,12 @@ from pathlib import Path
 from dino_kit import log
 from dino_kit.cluster.state import UNKNOWN, State, first_error, result_of, state_of
 from dino_kit.cluster.submission import Submitted
+from dino_kit.errors import RunFailed
 
 _POLLS = (1.0, 10.0)  # seconds between two looks, at first and later
-_PATIENCE = 60.0  # seconds for which nobody knows of a job before it counts as lost
+# Seconds for which nobody knows of a job before it counts as lost: a controller that is started
+# again does not answer, and its jobs go on.
+_PATIENCE = 600.0
 
 
 def wait(
@@ -23,17 +26,17 @@ def wait(
     which Slurm says twice that it has ended, or which nobody knows of any more, is not. ``alive``
     says of a local job whether it runs.
     """
-    shown, pause, lost, last, before = 0, _POLLS[0], 0.0, "", ""
+    shown, pause, lost, last, before = 0, _POLLS[0], 0.0, ("", ""), ""
     while True:
         state = state_of(entry, folder) if alive is None else _of_a_child(entry, folder, alive)
         if follow:
             shown = _show(entry.path(folder, "stdout"), shown)
-        if state.name != last and alive is None:
+        if (state.name, state.reason) != last and alive is None:
             log.say(f"job {entry.job}: {state}")
         # A job that is being queued again can look as if it had ended.
         if state.ended and (before == state.name or alive is not None):
             return state
-        last = before = state.name
+        last, before = (state.name, state.reason), state.name
         lost = lost + pause if state.name == UNKNOWN else 0.0
         if lost > _PATIENCE:
             return state
@@ -89,7 +92,10 @@ def verdict(entry: Submitted, folder: Path, state: State) -> str:
     error = first_error(entry, folder)
     if state.name == "FAILED" and error:
         task, text = error
-        return f"Process {task} of job {entry.job} failed:\n{text.rstrip()}"
+        # A command that stopped by itself has said why, and where in the code is nobody's concern.
+        _, ours, sentence = text.rpartition(f"\n{RunFailed.__module__}.{RunFailed.__qualname__}: ")
+        why = f" {sentence.strip()}" if ours else f"\n{text.rstrip()}"
+        return f"Process {task} of job {entry.job} failed:{why}"
     by = {
         "CANCELLED": "was cancelled",
         "TIMEOUT": "ran out of time, and was not queued again",

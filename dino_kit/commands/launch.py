@@ -99,6 +99,11 @@ def local(config: LocalConfig) -> int:
         log.say(f"{tasks} process(es) on this machine, {gpus} GPU(s), logs in {folder}")
         _say_recipe(lines, parsed)
         return 0
+    if not hasattr(signal, "SIGUSR2"):
+        raise UserError(
+            "dino-kit launch needs the signals of Linux and macOS, and this system has none; "
+            "torchrun --nproc_per_node N launch/train.py starts N processes here."
+        )
     submission.prepare_folder(folder)
     code = submission.take_snapshot(folder) if config.snapshot else None
     # The job's processes would get an interruption from the keyboard, too, and be killed by what
@@ -161,9 +166,15 @@ def _folder(config: SlurmConfig | LocalConfig, name: str, parsed: Any) -> Path:
         return Path(config.job_dir).absolute()
     for field in ("output_dir", "weights", "out"):
         value = getattr(parsed, field, None)
+        if value and field == "weights" and not Path(value).exists():
+            raise UserError(
+                f"There is no checkpoint {value}; where another job is to write it first, give "
+                "--job_dir for the logs of this one."
+            )
         if value:
             path = Path(value)
-            return (path.parent if path.is_file() else path).absolute() / JOBS
+            beside = path.is_file() and field != "output_dir"
+            return (path.parent if beside else path).absolute() / JOBS
     raise UserError(f"dino-kit {name} has no folder of its own; give --job_dir for the job's logs.")
 
 

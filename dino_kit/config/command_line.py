@@ -54,6 +54,9 @@ def parse(name: str, words: Sequence[str]) -> Any:
     if command.takes_command and "profile" in given:
         path = fields.convert_words(command.schema, "profile", given["profile"])
         values = recipe.read_file(command.schema, path, "profile")
+        for key in ("profile", "command"):
+            if key in values:
+                raise UserError(f"The profile {path} has the key {key}; that stands on the command line.")
     positionals = [] if command.takes_command else fields.marked(command.schema, "positional")
     if command.takes_recipe and len(loose) > len(set(positionals) - set(given)):
         # A recipe is a run's; a command that needs less of it leaves the rest.
@@ -84,6 +87,10 @@ def _divided(name: str, command: Command, words: Sequence[str]) -> tuple[list[st
 
     ``--`` stands between the two. Without it all is for ``train`` that is no flag of the launcher,
     as the reference's launcher has it.
+
+    Raises:
+        UserError: a command is missing, or stands without the two dashes; or a flag belongs to
+            neither the launcher nor ``train``.
     """
     if "--" in words:
         place = list(words).index("--")
@@ -96,11 +103,17 @@ def _divided(name: str, command: Command, words: Sequence[str]) -> tuple[list[st
     own: list[str] = []
     started = ["train"]
     switches = fields.marked(command.schema, "switch")
+    both = [*_flags(command), *_flags(COMMANDS["train"])]
     room = 0
     for word in words:
         if word.startswith("--"):
             text, equals, _ = word[2:].partition("=")
             flag = text.replace("-", "_")
+            if flag not in both:
+                raise UserError(
+                    f"Neither dino-kit {name} nor train has a flag --{text}"
+                    f"{fields.nearest(flag, both, prefix='--')}"
+                )
             known = flag in _flags(command)
             many = known and fields.takes_many(command.schema, flag)
             room = 0 if equals or not known else len(words) if many else 1
@@ -109,6 +122,8 @@ def _divided(name: str, command: Command, words: Sequence[str]) -> tuple[list[st
             own.append(word)
             room -= 1
         else:
+            if started == ["train"] and word in COMMANDS:
+                raise UserError(f"Before {word} -- is missing: dino-kit {name} [flags] -- {word} ...")
             room = 0
             started.append(word)
     return own, started

@@ -6,6 +6,7 @@ of these flags: nothing here knows a site.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from dino_kit.config.fields import Checked, option
@@ -28,7 +29,11 @@ class Started:
         nothing="",
     )
     gpus_per_node: int | None = option(
-        None, "GPUs of each node; each gets a process. 0 for a job on CPUs.", low=0, nothing=""
+        None,
+        "GPUs of each node; each gets a process. 0 for a job on CPUs.",
+        low=0,
+        nothing="0 with --tasks_per_node; else 8 for train on a cluster, as in the reference, 1 for "
+        "other commands there, and all of this machine here",
     )
     ngpus: int | None = option(None, "--gpus_per_node by its older name.", low=0, nothing="")
     tasks_per_node: int | None = option(
@@ -78,9 +83,9 @@ class Cluster:
         None, "Nodes of the cluster.", low=1, nothing="2 for train, as in the reference; else 1"
     )
     timeout: int = option(2800, "Minutes after which Slurm ends the job; it is then queued anew.", low=1)
-    partition: str | None = option(None, "Partition of the cluster.", nothing="the site's own")
-    account: str | None = option(None, "Account that pays.", nothing="the user's own")
-    qos: str | None = option(None, "Quality of service.", nothing="the site's own")
+    partition: str | None = option(None, "Partition of the cluster.", nothing="SBATCH_PARTITION; else the site's own")
+    account: str | None = option(None, "Account that pays.", nothing="SBATCH_ACCOUNT; else the user's own")
+    qos: str | None = option(None, "Quality of service.", nothing="SBATCH_QOS; else the site's own")
     constraint: str | None = option(None, "Features that the nodes must have.")
     use_volta32: bool = option(
         False, f"The older flag: --constraint {VOLTA_32}.", switch=True
@@ -132,6 +137,12 @@ class Cluster:
             for word in getattr(self, flag) or ():
                 if word.startswith(("-", "=")):
                     raise UserError(f"--{flag} takes NAME=VALUE without dashes, and got {word!r}.")
+        try:
+            shlex.split(self.container or "")
+        except ValueError:
+            raise UserError(
+                f"--container is {self.container!r}, in which a quotation mark has no second."
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,11 @@ def why_not() -> str:
 reason = why_not()
 if reason and REQUIRED:
     raise RuntimeError(f'DINO_KIT_SLURM is "required", and {reason}.')
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(reason), reason=reason)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(reason), reason=reason),
+    pytest.mark.usefixtures("alone"),  # so that all is under way before anything is waited for
+]
 
 
 class Launched:
@@ -133,8 +137,25 @@ def signal_from_the_start(job: Launched) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """The run of one process, uninterrupted."""
+def taker(jobs) -> str:
+    """Let all that is to befall the jobs befall them; returns the job that takes the nodes."""
+    jobs["warned"].holds()
+    subprocess.run(["scancel", "--signal=USR2", jobs["warned"].id], check=True)
+    jobs["requeued"].holds()
+    scontrol("requeue", jobs["requeued"].id)
+    jobs["cancelled"].holds()
+    subprocess.run(["scancel", jobs["cancelled"].id], check=True)
+    jobs["evicted"].holds()
+    jobs["evicted at once"].holds()
+    return subprocess.run(
+        ["sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null",
+         "--wrap", "sleep 1"], check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(taker, tmp_path_factory) -> Path:
+    """The run of one process, uninterrupted, while the jobs are queued again."""
     out = tmp_path_factory.mktemp("alone") / "out"
     assert cli.main([*TRAIN, "--output_dir", str(out)]) == 0
     return out
@@ -185,16 +206,12 @@ def test_a_killed_process_ends_the_job_and_that_is_told(jobs):
 
 
 def test_a_signal_before_a_job_heeds_it_does_no_harm_and_a_cancelled_one_is_not_waited_for(jobs):
-    jobs["cancelled"].holds()
-    subprocess.run(["scancel", jobs["cancelled"].id], check=True)
     status, _, complained = jobs["cancelled"].ended()
     assert status == 1 and f"Job {jobs['cancelled'].id} was cancelled" in complained
 
 
 def test_on_the_signal_of_a_preemption_the_step_is_finished_and_the_job_requeued(jobs):
     job = jobs["warned"]
-    job.holds()
-    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     status, said, _ = job.ended()
     assert status == 0 and "started again 1 time" in said
     assert went_on_after(job) == [31]
@@ -204,21 +221,13 @@ def test_on_the_signal_of_a_preemption_the_step_is_finished_and_the_job_requeued
 
 def test_a_requeue_without_a_signal_goes_on_from_the_newest_checkpoint(jobs, alone):
     job = jobs["requeued"]
-    job.holds()
-    scontrol("requeue", job.id)
     status, _, _ = job.ended()
     assert status == 0
     assert went_on_after(job) == [22]
     assert_same_run(alone, job.out)
 
 
-def test_another_job_takes_the_nodes_with_and_without_a_time_of_grace(jobs, alone):
-    jobs["evicted"].holds()
-    jobs["evicted at once"].holds()
-    taker = subprocess.run(
-        ["sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null",
-         "--wrap", "sleep 1"], check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
+def test_another_job_takes_the_nodes_with_and_without_a_time_of_grace(jobs, taker, alone):
     for name in ("evicted", "evicted at once"):
         status, said, complained = jobs[name].ended()
         assert status == 0, complained
