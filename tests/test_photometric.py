@@ -215,7 +215,7 @@ def test_changes_go_through_pinning_with_their_batch(monkeypatch):
     batch = Batch([torch.zeros(1)], torch.zeros(1), torch.zeros(1), (), [changes, None])
     found = pin_memory(batch)
     assert isinstance(found, Batch) and isinstance(found.changes[0], Changes)
-    assert found.changes[0].stages == changes.stages and found.changes[1] is None
+    assert tuple(found.changes[0].stages) == changes.stages and found.changes[1] is None
     assert len(pinned) == 5
 
 
