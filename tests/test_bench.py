@@ -194,6 +194,12 @@ def test_step_counts_the_operations_of_matrix_products_and_attention(monkeypatch
     assert two - one == crops * (4 * linear + (2 + 2.5) * attention)
 
 
+def test_step_tells_of_few_operations_more_than_none(capsys):
+    told = bench("step", *TINY, "--seconds", "0.01")
+    said = re.search(r"A step takes (\S+)\s+billion", capsys.readouterr().out)[1]
+    assert float(said) == pytest.approx(told["flops_a_step"] / 1e9, rel=0.1)
+
+
 def test_step_in_parts_takes_the_same_images():
     told = bench("step", *TINY, "--batch_size_per_gpu", "3", "--seconds", "0.01")
     assert told["images_a_step"] == 8
