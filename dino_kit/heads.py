@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dino_kit.errors import UserError
 
@@ -91,7 +92,8 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_features)`` to ``(B, out_features)``."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lowered else x.dtype
         return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, dtype)
 
 
@@ -101,7 +103,7 @@ class _WeightNormProduct(torch.autograd.Function):
     A few prototypes at a time, so that their normed rows, and the gradient by them, which are as
     large as the weights, are made and used in the cache and never stored. With u = v / ‖v‖ the
     gradient G by w becomes u·G by g, and (G - u (u·G)) g / ‖v‖ by v (Salimans and Kingma 2016,
-    equation 3).
+    equation 3). There is no gradient of the gradient.
     """
 
     @staticmethod
@@ -116,6 +118,7 @@ class _WeightNormProduct(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, v, g = ctx.saved_tensors
         of_x, of_v, of_g, _ = ctx.needs_input_grad

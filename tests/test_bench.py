@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_run import TINY
 
 from dino_kit import cli
+from dino_kit.backbones import products
 from dino_kit.bench import data, fit, knn, step
 from dino_kit.bench import machine as bench_machine
 from dino_kit.checking import feeding
@@ -173,7 +174,13 @@ def test_step_tells_rate_memory_phases_and_utilisation():
     assert cli.parse("bench step", words[3:]).depth == 2
 
 
-def test_step_counts_the_operations_of_matrix_products_and_attention():
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_step_counts_the_operations_of_matrix_products_and_attention(monkeypatch, by_onednn):
+    if by_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch comes without oneDNN")
+    monkeypatch.setattr(products, "_FEW", 1)
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: by_onednn)
+
     def flops(*more: str) -> int:
         still = ["--drop_path_rate", "0", "--local_crops_number", "0", "--seconds", "0.01"]
         return bench("step", *TINY, *still, *more)["flops_a_step"]
@@ -185,6 +192,12 @@ def test_step_counts_the_operations_of_matrix_products_and_attention():
     linear = 2 * tokens * 12 * width**2
     attention = 2 * 2 * tokens**2 * width
     assert two - one == crops * (4 * linear + (2 + 2.5) * attention)
+
+
+def test_step_tells_of_few_operations_more_than_none(capsys):
+    told = bench("step", *TINY, "--seconds", "0.01")
+    said = re.search(r"A step takes (\S+)\s+billion", capsys.readouterr().out)[1]
+    assert float(said) == pytest.approx(told["flops_a_step"] / 1e9, rel=0.1)
 
 
 def test_step_in_parts_takes_the_same_images():

@@ -139,6 +139,29 @@ def test_a_frozen_backbone_or_last_layer_asks_for_no_gradient():
     assert x.grad is not None and not layer(torch.randn(4, 7)).requires_grad
 
 
+def test_gradients_may_be_part_of_a_graph_but_not_be_differentiated():
+    layer, x = heads.WeightNormLinear(7, 33), torch.randn(4, 7, requires_grad=True)
+    wanted = x, layer.weight_v
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    found = torch.autograd.grad(layer(x).square().sum(), wanted, create_graph=True)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found[0].sum().backward()
+
+
+def test_of_no_rows_there_are_no_logits_and_gradients_of_zero():
+    layer, x = heads.WeightNormLinear(7, 33), torch.empty(0, 7, requires_grad=True)
+    logits = layer(x)
+    assert logits.shape == (0, 33)
+    logits.sum().backward()
+    assert x.grad.shape == (0, 7) and not layer.weight_v.grad.any()
+
+
+def test_shapes_are_known_on_a_device_without_autocast():
+    head = DINOHead(6, 9, hidden_dim=5, bottleneck_dim=4).to("meta")
+    assert head(torch.empty(3, 6, device="meta")).shape == (3, 9)
+
+
 def test_a_head_without_layers_is_refused():
     with pytest.raises(UserError, match="nlayers is 1 or more"):
         DINOHead(6, 9, nlayers=0)

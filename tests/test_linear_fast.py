@@ -15,6 +15,7 @@ from dino_kit import cli, files
 from dino_kit.data.loader import epoch_order
 from dino_kit.data.sources.folder import FolderSource
 from dino_kit.data.sources.holding_out import held_out_of
+from dino_kit.evaluators import grid_training
 from dino_kit.evaluators.grid_training import HELD_OUT_SHARE
 from dino_kit.evaluators.linear import LinearHead
 from dino_kit.report import results
@@ -263,7 +264,14 @@ def test_images_that_cannot_be_divided_are_refused(data, tmp_path, capsys):
     assert "no class has two images that can be used" in capsys.readouterr().err
 
 
-def test_features_that_are_not_finite_are_refused(data, tmp_path, capsys):
+def test_features_that_are_not_finite_are_refused(data, tmp_path, capsys, monkeypatch):
+    joined, asked = grid_training.joined_features, []
+
+    def counted(*args, **how):
+        asked.append(how["description"])
+        return joined(*args, **how)
+
+    monkeypatch.setattr(grid_training, "joined_features", counted)
     path = save_backbone(tmp_path / "checkpoint.pth")
     content = torch.load(path, weights_only=True)
     content["teacher"]["backbone.norm.bias"][0] = np.nan
@@ -271,6 +279,8 @@ def test_features_that_are_not_finite_are_refused(data, tmp_path, capsys):
     assert train(data, tmp_path) == 2
     error = capsys.readouterr().err
     assert "The training images have features that are not finite" in error
+    # Other processes take part in both sets, and one that they miss would end them by a traceback.
+    assert len(asked) == 2
 
 
 def test_held_out_images_are_other_ones_than_those_of_a_folder_without_a_split(data):

@@ -210,12 +210,12 @@ def test_nothing_waits_for_the_device_and_no_operation_goes_crop_by_crop():
 
 def test_changes_go_through_pinning_with_their_batch(monkeypatch):
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self)
     changes = changes_of([[EVERYTHING]])
     batch = Batch([torch.zeros(1)], torch.zeros(1), torch.zeros(1), (), [changes, None])
     found = pin_memory(batch)
     assert isinstance(found, Batch) and isinstance(found.changes[0], Changes)
-    assert found.changes[0].stages == changes.stages and found.changes[1] is None
+    assert tuple(found.changes[0].stages) == changes.stages and found.changes[1] is None
     assert len(pinned) == 5
 
 

@@ -5,6 +5,7 @@ Legend: B images of a micro-batch, V_g views of one size, C channels, S_g side i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,20 +161,31 @@ def _between(before: Any, after: Any) -> float:
 
 
 def _flops(learner: Any, batches: Sequence[Any]) -> int:
-    # PyTorch's counter knows fused attention on GPUs only.
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        _committed(learner, 0, batches)
+    return counter.get_total_flops()
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Of what PyTorch's counter does not know: oneDNN's linear layers, and CPUs' fused attention."""
+
     def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
 
     def attention_back(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return sdpa_backward_flop_count(g, q, k, v)
 
+    def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
     fused = "_scaled_dot_product_flash_attention_for_cpu"
-    formulas = [(fused, attention), (f"{fused}_backward", attention_back)]
-    known = {
-        getattr(torch.ops.aten, name): formula
-        for name, formula in formulas
-        if hasattr(torch.ops.aten, name)
+    formulas = [
+        (torch.ops.aten, fused, attention),
+        (torch.ops.aten, f"{fused}_backward", attention_back),
+        (torch.ops.mkldnn, "_linear_pointwise", linear),
+    ]
+    return {
+        getattr(library, name): formula
+        for library, name, formula in formulas
+        if hasattr(library, name)
     }
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
-        _committed(learner, 0, batches)
-    return counter.get_total_flops()

@@ -77,7 +77,8 @@ def data(config: BenchDataConfig) -> None:
     one = 1 / alone.core_seconds
     _tell_phases("an image, in one process", alone.phases, alone.seconds)
     largest = max(alone.phases, key=alone.phases.__getitem__)
-    told = f"{workers} workers prepare {_rate(rate)}" if workers else f"this process {_rate(rate)}"
+    who = f"{workers} workers prepare" if workers > 1 else "a worker" if workers else "this process"
+    told = f"{who} {_rate(rate)}"
     log.paragraph(
         f"A core prepares {_rate(one)} images a second, and {told}. The most time, "
         f"{alone.phases[largest] / alone.seconds:.0%}, goes to {_words(largest)}."
@@ -120,8 +121,8 @@ def step(config: BenchStepConfig) -> None:
     _tell_phases(f"a step of {cost.images} images", cost.phases, cost.seconds)
     memory = "" if cost.peak_bytes is None else f", with {_size(cost.peak_bytes)} at the fullest"
     log.paragraph(
-        f"{_rate(cost.rate)} images a second{memory}. A step takes {cost.flops / 1e9:,.0f} "
-        f"billion operations, {cost.flops / cost.seconds / 1e9:,.0f} billion a second: "
+        f"{_rate(cost.rate)} images a second{memory}. A step takes {_rate(cost.flops / 1e9)} "
+        f"billion operations, {_rate(cost.flops / cost.seconds / 1e9)} billion a second: "
         f"{cost.utilisation:.0%} of what one large matrix product reaches here in {precision}."
     )
     _write("bench step", config, device, {

@@ -125,6 +125,9 @@ class GridTraining:
             files.remove_leftovers(folder)
             train = self._images(self.train, "training")
             val = self._images(self.val, "validation")
+            # Not before, as the other processes wait to be met at the second set.
+            for images, role in ((train, "training"), (val, "validation")):
+                _require_finite(images.features, role)
             if not self.resume:
                 self.path.unlink(missing_ok=True)
             self._write(self._choose_and_train(train, val))
@@ -140,12 +143,6 @@ class GridTraining:
             device=self.device,
             description=f"features ({role})",
         )
-        for rows in features.split(_ROWS):
-            if not bool(rows.isfinite().all()):
-                raise UserError(
-                    f"The {role} images have features that are not finite; the checkpoint's weights "
-                    "are likely broken."
-                )
         where = _roomy(features, self.device)
         return Images(features.to(where), labels[places].to(where), places)
 
@@ -230,6 +227,15 @@ class GridTraining:
 
 def _on(images: Images, rows: Tensor) -> Tensor:
     return rows.to(images.labels.device)
+
+
+def _require_finite(features: Tensor, role: str) -> None:
+    for rows in features.split(_ROWS):
+        if not bool(rows.isfinite().all()):
+            raise UserError(
+                f"The {role} images have features that are not finite; the checkpoint's weights are "
+                "likely broken."
+            )
 
 
 def _roomy(features: Tensor, device: torch.device) -> torch.device:
