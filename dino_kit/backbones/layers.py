@@ -105,7 +105,7 @@ def patch_grid(images: Tensor, in_chans: int, patch_size: int) -> tuple[int, int
 
 def check_sizes(drop_path_rate: float, **sizes: int) -> None:
     """Raises :class:`UserError` for sizes, ``image_size`` and ``patch_size`` among them, that do
-    not fit, or a rate of stochastic depth that is none."""
+    not fit, or a rate of stochastic depth that is none; ``num_heads`` may be among them."""
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it is a whole number from 1.")
@@ -114,6 +114,11 @@ def check_sizes(drop_path_rate: float, **sizes: int) -> None:
         raise UserError(
             f"image_size {image} is not a multiple of patch_size {patch}; the nearest that is: "
             f"{max(patch, patch * round(image / patch))}."
+        )
+    if sizes["embed_dim"] % sizes.get("num_heads", 1):
+        raise UserError(
+            f"embed_dim {sizes['embed_dim']} cannot be shared out among {sizes['num_heads']} heads; "
+            "it is a multiple of num_heads."
         )
     if not 0.0 <= drop_path_rate < 1.0:
         raise UserError(
