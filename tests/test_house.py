@@ -29,6 +29,7 @@ FLOORS = {
     "dino_kit.ema": 1,
     "dino_kit.heads": 1,
     "dino_kit.normalize": 1,
+    "dino_kit.batch_norm": 1,
     "dino_kit.geometry": 1,
     "dino_kit.backbones": 2,
     "dino_kit.objectives": 2,

@@ -5,12 +5,15 @@ Legend: B batch, C channels, H and W pixels, N patches, D width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_kit.backbones.products import Linear, linear
+from dino_kit.batch_norm import statistics_unchanged
 from dino_kit.errors import UserError
 
 
@@ -68,7 +71,13 @@ def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Ten
     if not (checkpoint_activations and torch.is_grad_enabled()):
         return block(*arguments)
     # Blocks draw no random numbers, so there is no generator whose state must be brought back.
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        block,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), statistics_unchanged(block)),
+    )
 
 
 def init_linear_layers(network: nn.Module) -> None:
