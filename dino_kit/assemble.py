@@ -14,6 +14,7 @@ from torch import nn
 
 from dino_kit import distributed, files, log
 from dino_kit.backbones.build import create_backbone
+from dino_kit.batch_norm import batch_norms
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
@@ -151,18 +152,31 @@ def with_total_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
         total = config.batch_size_per_gpu * distributed.world_size()
         config = replace(config, total_batch_size=total)
     local = config.total_batch_size // distributed.world_size()
-    if config.use_bn_in_head and local > config.batch_size_per_gpu:
+    in_parts = local > config.batch_size_per_gpu
+    apart = distributed.world_size() > 1 and device.type != "cuda"
+    norms = _what_brings_batch_norms(config) if in_parts or apart else None
+    if norms and in_parts:
         raise UserError(
-            f"--use_bn_in_head with a batch of {local} in parts of --batch_size_per_gpu "
+            f"{norms} with a batch of {local} in parts of --batch_size_per_gpu "
             f"{config.batch_size_per_gpu} would normalise each part by itself, which is another "
             "method; raise --batch_size_per_gpu or lower --total_batch_size."
         )
-    if config.use_bn_in_head and distributed.world_size() > 1 and device.type != "cuda":
+    if norms and apart:
+        other = "leave it off" if config.use_bn_in_head else "another --arch"
         raise UserError(
-            "--use_bn_in_head over several processes needs GPUs, because PyTorch cannot "
-            "synchronise a batch norm on CPUs; use one process or leave it off."
+            f"{norms} over several processes needs GPUs, because PyTorch cannot synchronise a "
+            f"batch norm on CPUs; use one process or {other}."
         )
     return config
+
+
+def _what_brings_batch_norms(config: TrainConfig) -> str | None:
+    """What of ``config`` gives the networks batch norms, for a sentence; None for nothing."""
+    if config.use_bn_in_head:
+        return "--use_bn_in_head"
+    with torch.device("meta"):
+        backbone = create_backbone(config.arch, **backbone_options(config))
+    return f"--arch {config.arch}, which has batch norms," if batch_norms(backbone) else None
 
 
 def decoder(config: Any, views: Sequence[Sequence[View]]) -> Decode:
@@ -218,7 +232,7 @@ def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Pr
 
 def backbone_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
-    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "reattention_blocks", "mlp_grid")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return {
         "patch_size": config.patch_size,

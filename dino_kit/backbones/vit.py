@@ -112,9 +112,12 @@ class ClassTokenTransformer(nn.Module):
 
     def _tokens(self, images: Tensor) -> Tensor:
         grid = self._grid(images)
-        patches = self.patch_embed(images)  # (B, N, D)
+        patches = self._patches(images)  # (B, N, D)
         cls = self.cls_token.expand(len(images), -1, -1)  # (B, 1, D)
         return torch.cat((cls, patches), dim=1) + self._positions(grid)  # (B, T, D)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings ``(1, T, D)`` for a grid of patches."""
