@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_learner import assert_same, batch, learner, poison_crop
-from test_train import assert_same_run, metrics, result, train
+from test_train import Stopped, assert_same_run, metrics, result, stop_after, train
 
 import dino_kit
 from dino_kit import cli, distributed
@@ -89,6 +91,38 @@ def test_reattention_is_what_the_equations_say(training, scale):
     layer.var_norm.load_state_dict(norm.state_dict())
     torch.testing.assert_close(layer.attention(x), maps, rtol=1e-10, atol=1e-10)
     assert (maps.sum(dim=-1) - 1).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["plain", "scaled"])
+def test_deepvit_golden(case):
+    """Numbers that the authors' code computed in float64, by the names that it gives its tensors."""
+    with np.load(Path(__file__).parent / "golden/deepvit.npz") as file:
+        arrays = dict(file)
+    state = {
+        name.removeprefix("state/"): torch.from_numpy(value)
+        for name, value in arrays.items()
+        if name.startswith("state/")
+    }
+    options = {"num_heads": 3, "scale_reattention": case == "scaled"}
+    network, pictures = tiny(**options).double(), torch.from_numpy(arrays["images"]).double()
+    network.load_state_dict(state)
+
+    def same(found, name):
+        expected = torch.from_numpy(arrays[f"{case}/{name}"])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+    network.eval()
+    same(network(pictures), "eval")
+    same(network.get_last_reattention(pictures), "maps")
+    network.train()
+    pooled = network(pictures)
+    same(pooled, "train")
+    pooled.square().sum().backward()
+    same(network.pos_embed.grad, "gradient")
+    same(network.blocks[1].attn.reatten_matrix.weight.grad, "gradient of matrix")
+    for name in ("patch_embed.bn2", "blocks.2.attn.var_norm"):
+        for kind in ("running_mean", "running_var"):
+            same(getattr(network.get_submodule(name), kind), f"{kind}/{name}")
 
 
 def test_a_block_works_at_half_the_scale():
@@ -342,8 +376,6 @@ def test_it_is_pretrained_evaluated_and_looked_into(tmp_path, capsys):
 
     capsys.readouterr()
     picture = tmp_path / "picture.png"
-    from PIL import Image
-
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(picture)
     words = ["attention", str(tmp_path / "one"), "--image_path", str(picture)]
     assert cli.main(words) == 0
@@ -364,8 +396,6 @@ def test_it_is_pretrained_evaluated_and_looked_into(tmp_path, capsys):
 
 
 def test_it_is_resumed_bit_for_bit(tmp_path, monkeypatch):
-    from test_train import Stopped, stop_after
-
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         stop_after(patched, 7)
         train("digits", tmp_path / "parts", *FLAGS, "--save_every_steps", 5)

@@ -1,6 +1,7 @@
 """``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page.
 
-Of a network that has no attention, its token mixing and how like the whole its patches are.
+Of a network that has no attention, its Re-Attention or token mixing, and how like the whole its
+patches are.
 """
 
 from __future__ import annotations
