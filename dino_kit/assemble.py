@@ -14,7 +14,7 @@ from torch import nn
 
 from dino_kit import distributed, files, log, sharding
 from dino_kit.backbones.build import create_backbone
-from dino_kit.batch_norm import synchronised
+from dino_kit.batch_norm import batch_norms, synchronised
 from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
@@ -152,13 +152,24 @@ def with_total_batch(config: TrainConfig) -> TrainConfig:
         total = config.batch_size_per_gpu * distributed.world_size()
         config = replace(config, total_batch_size=total)
     local = config.total_batch_size // distributed.world_size()
-    if config.use_bn_in_head and local > config.batch_size_per_gpu:
+    in_parts = local > config.batch_size_per_gpu
+    norms = _what_brings_batch_norms(config) if in_parts else None
+    if norms:
         raise UserError(
-            f"--use_bn_in_head with a batch of {local} in parts of --batch_size_per_gpu "
+            f"{norms} with a batch of {local} in parts of --batch_size_per_gpu "
             f"{config.batch_size_per_gpu} would normalise each part by itself, which is another "
             "method; raise --batch_size_per_gpu or lower --total_batch_size."
         )
     return config
+
+
+def _what_brings_batch_norms(config: TrainConfig) -> str | None:
+    """What of ``config`` gives the networks batch norms, for a sentence; None for nothing."""
+    if config.use_bn_in_head:
+        return "--use_bn_in_head"
+    with torch.device("meta"):
+        backbone = create_backbone(config.arch, **backbone_options(config))
+    return f"--arch {config.arch}, which has batch norms," if batch_norms(backbone) else None
 
 
 def decoder(config: Any, views: Sequence[Sequence[View]]) -> Decode:
@@ -214,7 +225,7 @@ def build_probe(config: TrainConfig, source: Source, device: torch.device) -> Pr
 
 def backbone_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
-    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "reattention_blocks", "mlp_grid")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return {
         "patch_size": config.patch_size,

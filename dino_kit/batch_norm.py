@@ -1,4 +1,5 @@
-"""Batch norm whose statistics are those of all processes, on every device.
+"""Batch norms of a network: which there are, passes that leave their statistics as they are, and
+statistics of all processes.
 
 PyTorch's ``SyncBatchNorm`` computes on GPUs only; where it can, it is used.
 
@@ -7,19 +8,56 @@ Legend: B rows of this process, n rows of all, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from dino_kit import distributed
+from dino_kit.errors import UserError
+
+_ANY = nn.modules.batchnorm._BatchNorm
+
+
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """Every batch norm of ``network``, those synchronised over processes among them."""
+    return [module for module in network.modules() if isinstance(module, _ANY)]
+
+
+@contextmanager
+def statistics_unchanged(network: nn.Module) -> Iterator[None]:
+    """Within: batch norms normalise as ever; afterwards their running statistics are as before.
+
+    For a pass that repeats one which has moved them already.
+    """
+    buffers = [buffer for norm in batch_norms(network) for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
-    """``network`` with each batch norm in it over all processes; names and values stay."""
+    """``network`` with each batch norm in it over all processes; names and values stay.
+
+    Raises:
+        UserError: one of them cannot be, here.
+    """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, module in network.named_children():
         if isinstance(module, nn.BatchNorm1d):
             setattr(network, name, SharedBatchNorm.like(module))
+        elif isinstance(module, _ANY):
+            # Of a backbone's, whose stochastic depth gives each process other numbers of rows.
+            raise UserError(
+                "The batch norms of this --arch cannot be synchronised over several processes on "
+                "CPUs; use one process, GPUs, or another --arch."
+            )
         else:
             synchronised(module, device)
     return network

@@ -1,9 +1,10 @@
 """Pictures of what is known of an image's patches without attention.
 
-Similarities are drawn as attention maps are. The rows of a token mixing have a sign, so their
-colours diverge from white, which is 0, as far on both sides; nothing is smoothed.
+Similarities are drawn as attention maps are. The rows of a token mixing have a sign, and so have the
+maps of Re-Attention: their colours diverge from white, which is 0, as far on both sides; nothing is
+smoothed.
 
-Legend: H and W pixels, h and w patches, R rows of the mixing.
+Legend: H and W pixels, h and w patches, R rows of the mixing, A heads.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ def save_patches(
     title: str,
     similarity: np.ndarray | None = None,
     mixing: tuple[Sequence[Place], np.ndarray] | None = None,
+    reattention: np.ndarray | None = None,
     facts: Mapping[str, object] | None = None,
 ) -> list[Path]:
     """Write every picture of one image's patches, and the numbers.
 
     ``img.png``; ``similarity.png`` (raw) and ``overlay-similarity.png`` (on the image); for each
-    patch of the mixing ``mixing-rowI-columnJ.png``, counted from 1; ``sheet.png``, all in one;
-    ``patches.npz`` with ``similarity`` (h, w), ``mixing`` (R, h, w) and ``mixing_patches`` (R, 2),
-    their places counted from 0.
+    patch of the mixing ``mixing-rowI-columnJ.png``, counted from 1; for each head
+    ``reattention-headI.png``, counted from 0; ``sheet.png``, all in one; ``patches.npz`` with
+    ``similarity`` (h, w), ``mixing`` (R, h, w), ``mixing_patches`` (R, 2), their places counted from
+    0, and ``reattention`` (A, h, w).
 
     Args:
         folder: made where it is missing.
@@ -62,6 +65,7 @@ def save_patches(
         title: stands above the sheet.
         similarity: ``(h, w)``, the cosine of each patch with the pooled feature.
         mixing: places of R patches, and for each what every patch adds to it, ``(R, h, w)``.
+        reattention: what the class token takes from each patch, head by head, ``(A, h, w)``.
         facts: plain values to store in ``patches.npz`` beside the maps.
 
     Returns:
@@ -82,7 +86,13 @@ def save_patches(
             name = f"mixing-row{place[0] + 1}-column{place[1] + 1}.png"
             pictures[name] = signed(row, size, colours, place)
         arrays |= {"mixing": mixing[1], "mixing_patches": np.array(mixing[0])}
-    pictures = {"sheet.png": _overview(title, image, similarity, mixing), **pictures}
+    if reattention is not None:
+        colours = figures.colour_table(SIGNED_COLOURS)
+        for head, one in enumerate(reattention):
+            pictures[f"reattention-head{head}.png"] = signed(one, size, colours)
+        arrays["reattention"] = reattention
+    overview = _overview(title, image, similarity, mixing, reattention)
+    pictures = {"sheet.png": overview, **pictures}
     written = [figures.save(folder / name, one) for name, one in pictures.items()]
     with files.atomic_write(folder / "patches.npz") as file:
         np.savez_compressed(file, **arrays, **(facts or {}))
@@ -94,8 +104,10 @@ def _overview(
     image: Image.Image,
     similarity: np.ndarray | None,
     mixing: tuple[Sequence[Place], np.ndarray] | None,
+    reattention: np.ndarray | None,
 ) -> Image.Image:
-    grid = mixing[1].shape[1:] if similarity is None else similarity.shape
+    maps = (similarity, reattention, None if mixing is None else mixing[1])
+    grid = next(one for one in maps if one is not None).shape[-2:]
     size = figures.panel_size(grid)
     panels, columns = [], 3
     sentences = [f"{grid[0]} × {grid[1]} patches."]
@@ -124,6 +136,16 @@ def _overview(
             "Row and column: what every patch adds to the outlined one in the last token mixing, "
             "which is the same for every image; red adds, blue subtracts, and the deepest colours "
             "are the number at the right."
+        )
+    if reattention is not None:
+        colours, columns = figures.colour_table(SIGNED_COLOURS), None
+        for head, values in enumerate(reattention):
+            end = f"±{abs(values).max():#.2g}"
+            panels.append((f"head {head}", end, signed(values, size, colours)))
+        sentences.append(
+            "Head: by how much the class token takes each patch's value in the last Re-Attention, "
+            "which mixes and normalises the attention of all heads; red is above zero, blue below, "
+            "and the deepest colours are the number at the right."
         )
     return figures.sheet(title, " ".join(sentences), panels, columns)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dino_kit import distributed, figures, files, log, search, weights
-from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.backbones.interface import HasReAttention, HasSelfAttention
 from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands, picture
 from dino_kit.data.decode import decode
@@ -195,7 +195,8 @@ def _looked_at(loaded: Loaded) -> int:
     """Pixels of a side of the square of an image that is looked at."""
     transform, patch = loaded.transform, loaded.backbone.patch_size
     size = transform.image_size
-    if transform.crop_without_resize:
+    # The norms of a Re-Attention know maps of that size.
+    if transform.crop_without_resize or isinstance(loaded.backbone, HasReAttention):
         side = size
     elif size <= 64:  # which at their own size have so few patches that there is little to look at
         side = 2 * size

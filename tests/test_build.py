@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from dino_kit.backbones.build import BACKBONES, create_backbone
-from dino_kit.backbones.interface import Backbone, HasSelfAttention, HasTokenMixing
+from dino_kit.backbones.interface import (
+    Backbone,
+    HasReAttention,
+    HasSelfAttention,
+    HasTokenMixing,
+)
 from dino_kit.config import architectures
 from dino_kit.errors import UserError
 
@@ -51,8 +56,10 @@ def test_the_table_builds_what_the_configuration_calls_buildable():
 
 def small(name: str, **options):
     """The architecture of that name, two blocks deep, with weights that are not its first."""
-    heads = {} if "resmlp" in name else {"num_heads": 2}
-    sizes = {"embed_dim": 24, "depth": 2, "image_size": 32, "patch_size": 8, **heads}
+    own = {} if "resmlp" in name else {"num_heads": 2}
+    if "deepvit" in name:
+        own["reattention_blocks"] = 1
+    sizes = {"embed_dim": 24, "depth": 2, "image_size": 32, "patch_size": 8, **own}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = create_backbone(name, **{**sizes, **options})
@@ -82,10 +89,13 @@ def test_every_backbone_keeps_the_interface(name, size):
         torch.testing.assert_close(layers[-1][:, 0], features.pooled)
     else:
         torch.testing.assert_close(features.patches.mean(dim=1), features.pooled)
-    assert isinstance(network, HasSelfAttention | HasTokenMixing)
+    assert isinstance(network, HasSelfAttention | HasTokenMixing | HasReAttention)
     if isinstance(network, HasSelfAttention):
         tokens = prefix + patches
         assert network.get_last_selfattention(images).shape == (2, 2, tokens, tokens)
+    if isinstance(network, HasReAttention):
+        tokens = prefix + patches
+        assert network.get_last_reattention(images).shape == (2, 2, tokens, tokens)
     if isinstance(network, HasTokenMixing):
         assert network.get_last_mixing(features.grid).shape == (patches, patches)
 
@@ -105,7 +115,7 @@ def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
     torch.testing.assert_close(dropped[1], network(images)[1])
     assert not torch.allclose(dropped[0], network(images)[0], atol=1e-3)
     dropped.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
 def test_options_go_before_the_sizes_of_the_name():

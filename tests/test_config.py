@@ -248,7 +248,7 @@ def configurations(draw) -> TrainConfig:
     """Any valid settings: each field anything that it takes, but where fields hang together."""
     values = {}
     together = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
-                "device", "in_chans", "normalize", "value_range")  # fmt: skip
+                "reattention_blocks", "device", "in_chans", "normalize", "value_range")  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         if field.name in together or field.name.endswith(("crops_size", "_scale", "_ratio")):
             continue
@@ -291,6 +291,11 @@ def configurations(draw) -> TrainConfig:
         st.just({"arch": "vit", "num_heads": heads})
         | st.builds(dict, arch=st.just("resmlp"), mlp_grid=st.sampled_from([None, "mix", "resize"]))
     )
+    if values["arch"] == "vit" and values["patch_size"] % 2 == 0:
+        values |= draw(
+            st.builds(dict, arch=st.sampled_from(["vit", "deepvit"]))
+            | st.builds(dict, arch=st.just("deepvit"), reattention_blocks=st.integers(1, 2))
+        )
     return fields.create(TrainConfig, values)
 
 

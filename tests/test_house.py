@@ -33,6 +33,7 @@ FLOORS = {
     "dino_kit.batch_norm": 1,
     "dino_kit.sharding": 1,
     "dino_kit.normalize": 1,
+    "dino_kit.batch_norm": 1,
     "dino_kit.geometry": 1,
     "dino_kit.backbones": 2,
     "dino_kit.objectives": 2,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dino_kit.backbones.deepvit import DeepViT
 from dino_kit.backbones.resmlp import ResMLP
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.config import architectures
@@ -19,6 +20,11 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     architectures.FREE_VIT: (VisionTransformer, {}),
     **{name: (ResMLP, dict(sizes)) for name, sizes in architectures.RESMLP_SIZES.items()},
     architectures.FREE_RESMLP: (ResMLP, {}),
+    **{
+        name: (DeepViT, {**sizes, "scale_reattention": name in architectures.SCALED_REATTENTION})
+        for name, sizes in architectures.DEEPVIT_SIZES.items()
+    },
+    architectures.FREE_DEEPVIT: (DeepViT, {}),
 }
 # By its depth it would be 1e-5; the published code begins wider networks lower.
 BACKBONES["resmlp_b24"][1]["init_scale"] = 1e-6
@@ -28,10 +34,11 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     """A backbone with fresh weights, as :class:`~dino_kit.backbones.interface.Backbone` describes.
 
     ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
-    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``; or ``vit``, which needs
-    ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``, which needs ``embed_dim`` and
-    ``depth``. ``options`` are arguments of :class:`~dino_kit.backbones.vit.VisionTransformer` or
-    :class:`~dino_kit.backbones.resmlp.ResMLP`, and go before the sizes of the name.
+    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``; or
+    ``vit`` or ``deepvit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``,
+    which needs ``embed_dim`` and ``depth``. ``options`` are arguments of
+    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP` or
+    :class:`~dino_kit.backbones.deepvit.DeepViT`, and go before the sizes of the name.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.

@@ -48,6 +48,14 @@ class HasSelfAttention(Protocol):
 
 
 @runtime_checkable
+class HasReAttention(Protocol):
+    """A backbone whose heads' maps are mixed and normalised after the softmax."""
+
+    def get_last_reattention(self, images: Tensor) -> Tensor:
+        """The last block's maps, ``(B, heads, P+N, P+N)``, signed; rows do not sum to 1."""
+
+
+@runtime_checkable
 class HasTokenMixing(Protocol):
     """A backbone that mixes its patches by matrices of weights, the same for every image."""
 

@@ -5,12 +5,15 @@ Legend: B batch, C channels, H and W pixels, N patches, D width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_kit.backbones.products import Linear, linear
+from dino_kit.batch_norm import statistics_unchanged
 from dino_kit.errors import UserError
 
 
@@ -68,7 +71,13 @@ def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Ten
     if not (checkpoint_activations and torch.is_grad_enabled()):
         return block(*arguments)
     # Blocks draw no random numbers, so there is no generator whose state must be brought back.
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        block,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), statistics_unchanged(block)),
+    )
 
 
 def init_linear_layers(network: nn.Module) -> None:
@@ -105,7 +114,7 @@ def patch_grid(images: Tensor, in_chans: int, patch_size: int) -> tuple[int, int
 
 def check_sizes(drop_path_rate: float, **sizes: int) -> None:
     """Raises :class:`UserError` for sizes, ``image_size`` and ``patch_size`` among them, that do
-    not fit, or a rate of stochastic depth that is none."""
+    not fit, or a rate of stochastic depth that is none; ``num_heads`` may be among them."""
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it is a whole number from 1.")
@@ -114,6 +123,11 @@ def check_sizes(drop_path_rate: float, **sizes: int) -> None:
         raise UserError(
             f"image_size {image} is not a multiple of patch_size {patch}; the nearest that is: "
             f"{max(patch, patch * round(image / patch))}."
+        )
+    if sizes["embed_dim"] % sizes.get("num_heads", 1):
+        raise UserError(
+            f"embed_dim {sizes['embed_dim']} cannot be shared out among {sizes['num_heads']} heads; "
+            "it is a multiple of num_heads."
         )
     if not 0.0 <= drop_path_rate < 1.0:
         raise UserError(

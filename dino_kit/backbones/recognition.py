@@ -1,8 +1,8 @@
 """Which architecture a backbone's tensors are of.
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
-caller says, is held against it, and settles what does not show: a ViT's number of heads, and how a
-ResMLP meets other grids of patches than its own.
+caller says, is held against it, and settles what does not show: a ViT's number of heads, how a
+ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def recognize(
         UserError: no known architecture has such tensors; what is said or given contradicts them;
             or what does not show in them is neither said nor given.
     """
-    family = architectures.RESMLP if "blocks.0.attn.weight" in state else architectures.VIT
+    family = _family(state)
     sizes = _READERS[family.free](state, path)
     saved = _saved_name(said, family, path)
     name = _name(arch, saved, family, path)
@@ -54,8 +54,10 @@ def recognize(
     name, fits = _named(name, by_flag, given, sizes, family, path)
     if family is architectures.VIT:
         sizes["num_heads"] = _heads(name, fits, given, said, sizes, path)
-    else:
+    elif family is architectures.RESMLP:
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
+    else:
+        sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
     return Architecture(name if fits else family.free, family, sizes)
 
 
@@ -66,15 +68,37 @@ def some(names: Iterable[Any]) -> str:
     return ", ".join(names[:3] if more else names) + more
 
 
+def _family(state: Mapping[str, Any]) -> Family:
+    if "blocks.0.attn.weight" in state:
+        return architectures.RESMLP
+    return architectures.DEEPVIT if _mixing_matrices(state) else architectures.VIT
+
+
+def _mixing_matrices(state: Mapping[str, Any]) -> list[str]:
+    """A DeepViT's, one of every block with Re-Attention."""
+    return [name for name in state if name.endswith(".attn.reatten_matrix.weight")]
+
+
 def _vit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Every size of a vision transformer that shows in its tensors."""
     # It is the last that is thought of.
     _require("vision transformer and no ResMLP", {"pos_embed": 3}, state, path)
     sizes = _patch_sizes("vision transformer", state, path)
-    side = _side(state["pos_embed"].shape[1] - 1, path, "position embeddings beside the class "
-                 "token's")  # fmt: skip
-    sizes["image_size"] = side * sizes["patch_size"]
+    sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
     return {**sizes, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
+
+
+def _deepvit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Every size of a DeepViT that shows in its tensors."""
+    mixing = _mixing_matrices(state)
+    needed = {"pos_embed": 3, "patch_embed.conv1.weight": 4, mixing[0]: 4}
+    _require("DeepViT", needed, state, path)
+    sizes = _patch_sizes("DeepViT", state, path)
+    sizes["in_chans"] = state["patch_embed.conv1.weight"].shape[1]
+    sizes["patch_size"] *= 2  # the linear map of a patch sees every second pixel
+    sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
+    sizes["num_heads"] = len(state[mixing[0]])
+    return {**sizes, "reattention_blocks": len(mixing)}
 
 
 def _resmlp_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -88,6 +112,7 @@ def _resmlp_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
 _READERS: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
     architectures.FREE_VIT: _vit_sizes,
     architectures.FREE_RESMLP: _resmlp_sizes,
+    architectures.FREE_DEEPVIT: _deepvit_sizes,
 }
 
 
@@ -118,6 +143,11 @@ def _patch_sizes(kind: str, state: Mapping[str, Any], path: Path) -> dict[str, A
         # Half a unit more where rounding would lose one.
         "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
     }
+
+
+def _positions_side(state: Mapping[str, Any], path: Path) -> int:
+    beside = "position embeddings beside the class token's"
+    return _side(state["pos_embed"].shape[1] - 1, path, beside)
 
 
 def _side(patches: int, path: Path, what: str) -> int:
@@ -167,7 +197,7 @@ def _compare(
     path: Path,
 ) -> None:
     """Hold sizes that are given, or said by the file, against the tensors."""
-    for name in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio"):
+    for name in (name for name in given if name in sizes):
         shown = f"{sizes[name]:g}" if name == "mlp_ratio" else sizes[name]
         if given[name] is not None:
             if not _same(name, given[name], sizes):
@@ -207,27 +237,28 @@ def _named(
         fitting = (known for known in family.sizes if not _others(known, sizes, family))
         name = next(fitting, family.free)
     other = _others(name, sizes, family)
-    if by_flag and any(given[size] is None for size in other):
-        flags = " and ".join(f"--{size}" for size in other)
+    if by_flag and any(given.get(size) is None for size in other):
+        flags = " and ".join(f"--{size}" for size in other if size in given)
         raise UserError(
             f"--arch {name} contradicts {path}: {_says(name, other, family)}, and the file's "
-            f"{_shape(sizes)}; leave --arch out, or give {flags} too."
+            f"{_shape(sizes, other)}; leave --arch out{flags and f', or give {flags} too'}."
         )
     return name, not other
 
 
 def _others(name: str, sizes: dict[str, Any], family: Family) -> list[str]:
-    """Which of the sizes that go by ``name`` the tensors have otherwise."""
-    table = family.sizes.get(name, sizes)
-    return [size for size in ("embed_dim", "depth") if table[size] != sizes[size]]
+    """Which of the sizes that go by ``name``, and that show, the tensors have otherwise."""
+    table = family.sizes.get(name, {})
+    return [size for size in table if size in sizes and table[size] != sizes[size]]
 
 
 def _says(name: str, other: Iterable[str], family: Family) -> str:
     return f"{name} has {', '.join(f'{size} {family.sizes[name][size]}' for size in other)}"
 
 
-def _shape(sizes: dict[str, Any]) -> str:
-    return f"tensors have embed_dim {sizes['embed_dim']} and depth {sizes['depth']}"
+def _shape(sizes: dict[str, Any], other: Iterable[str] = ()) -> str:
+    shown = dict.fromkeys(("embed_dim", "depth", *other))
+    return f"tensors have {' and '.join(f'{size} {sizes[size]}' for size in shown)}"
 
 
 def _heads(

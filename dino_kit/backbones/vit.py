@@ -9,6 +9,8 @@ D width, h heads, d = D/h, L = 2 * depth residual branches.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,28 +27,16 @@ from dino_kit.backbones.layers import (
 )
 from dino_kit.backbones.products import Linear, linear
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
-from dino_kit.errors import UserError
 
 
-class VisionTransformer(nn.Module):
-    """Images ``(B, C, H, W)``, sides multiples of the patch size, to class tokens ``(B, D)``.
-
-    Any such sides will do: the position embedding, made for ``image_size``, is interpolated.
+class ClassTokenTransformer(nn.Module):
+    """Blocks on a class token and patches, with learnt positions: what ViTs have in common.
 
     Args:
-        image_size: side in pixels for which position embeddings are made.
-        patch_size: side of a patch in pixels.
-        in_chans: C, channels of an image.
-        embed_dim: D, width of a token.
-        depth: number of blocks.
-        num_heads: attention heads of a block.
-        mlp_ratio: width of a block's hidden layer, as a multiple of D.
-        qkv_bias: whether query, key and value have a bias.
-        drop_path_rate: the last block's rate of stochastic depth; it grows linearly from 0.
-        norm_eps: epsilon of every LayerNorm.
-
-    Raises:
-        UserError: the sizes do not fit together.
+        patch_embed: images ``(B, C, H, W)`` to patches ``(B, N, D)``.
+        blocks: what is run, each called as :class:`Block` is.
+        image_size, patch_size, in_chans, embed_dim, num_heads, drop_path_rate, norm_eps: as those
+            of :class:`VisionTransformer`.
     """
 
     num_prefix_tokens = 1
@@ -54,44 +44,27 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        norm_eps: float = 1e-6,
+        patch_embed: nn.Module,
+        blocks: Iterable[nn.Module],
+        *,
+        image_size: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        num_heads: int,
+        drop_path_rate: float,
+        norm_eps: float,
     ):
         super().__init__()
-        check_sizes(
-            drop_path_rate,
-            image_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-        )
-        if embed_dim % num_heads:
-            raise UserError(
-                f"embed_dim {embed_dim} cannot be shared out among {num_heads} heads; it is a "
-                "multiple of num_heads."
-            )
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
-        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
-        self.drop_path_rates = linear_rates(drop_path_rate, depth)
-
+        self.embed_dim, self.num_heads = embed_dim, num_heads
         side = image_size // patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        hidden = int(embed_dim * mlp_ratio)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden, qkv_bias, norm_eps) for _ in range(depth)
-        )
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+        self.depth = len(self.blocks)
+        self.drop_path_rates = linear_rates(drop_path_rate, self.depth)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -129,8 +102,8 @@ class VisionTransformer(nn.Module):
                 outputs.append(self.norm(x))
         return outputs
 
-    def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
+    def _last_maps(self, images: Tensor) -> Tensor:
+        """The maps that the last block takes values by, ``(B, h, T, T)``; the class token first."""
         x = self._tokens(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -139,9 +112,12 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, images: Tensor) -> Tensor:
         grid = self._grid(images)
-        patches = self.patch_embed(images)  # (B, N, D)
+        patches = self._patches(images)  # (B, N, D)
         cls = self.cls_token.expand(len(images), -1, -1)  # (B, 1, D)
         return torch.cat((cls, patches), dim=1) + self._positions(grid)  # (B, T, D)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings ``(1, T, D)`` for a grid of patches."""
@@ -161,6 +137,67 @@ class VisionTransformer(nn.Module):
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return patch_grid(images, self.in_chans, self.patch_size)
+
+
+class VisionTransformer(ClassTokenTransformer):
+    """Images ``(B, C, H, W)``, sides multiples of the patch size, to class tokens ``(B, D)``.
+
+    Any such sides will do: the position embedding, made for ``image_size``, is interpolated.
+
+    Args:
+        image_size: side in pixels for which position embeddings are made.
+        patch_size: side of a patch in pixels.
+        in_chans: C, channels of an image.
+        embed_dim: D, width of a token.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of a block's hidden layer, as a multiple of D.
+        qkv_bias: whether query, key and value have a bias.
+        drop_path_rate: the last block's rate of stochastic depth; it grows linearly from 0.
+        norm_eps: epsilon of every LayerNorm.
+
+    Raises:
+        UserError: the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+    ):
+        check_sizes(
+            drop_path_rate,
+            image_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
+        hidden = int(embed_dim * mlp_ratio)
+        super().__init__(
+            PatchEmbed(patch_size, in_chans, embed_dim),
+            [Block(embed_dim, num_heads, hidden, qkv_bias, norm_eps) for _ in range(depth)],
+            image_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            drop_path_rate=drop_path_rate,
+            norm_eps=norm_eps,
+        )
+
+    def get_last_selfattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
+        return self._last_maps(images)
 
 
 class Block(nn.Module):
@@ -200,17 +237,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """``(B, T, D)`` to the same, or to that of the first ``queries`` tokens alone."""
-        if queries is None:
-            q, k, v = self._heads(self.qkv(x), 3)
-        else:
-            (q,), (k, v) = self._part(x[:, :queries], 0, 1), self._part(x, 1, 3)
-        x = attention(q, k, v)  # (B, h, T, d)
+        x = attention(*self._queries_keys_values(x, queries))  # (B, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def attention(self, x: Tensor) -> Tensor:
         """The maps ``(B, h, T, T)`` that ``forward`` uses for these tokens; rows sum to 1."""
         q, k = self._part(x, 0, 2)
         return attention_maps(q, k)
+
+    def _queries_keys_values(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+        """By head; the queries of the first ``queries`` tokens alone, None for all."""
+        if queries is None:
+            return self._heads(self.qkv(x), 3)
+        return *self._part(x[:, :queries], 0, 1), *self._part(x, 1, 3)
 
     def _part(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
         """Of queries, keys and values those from ``first`` to before ``end``, by head."""

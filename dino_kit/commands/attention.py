@@ -1,6 +1,7 @@
 """``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page.
 
-Of a network that has no attention, its token mixing and how like the whole its patches are.
+Of a network that has no attention, its Re-Attention or token mixing, and how like the whole its
+patches are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dino_kit.data.sources.single import OneImage
 from dino_kit.data.sources.source import Source
 from dino_kit.errors import BadImage, UserError
 from dino_kit.evaluators import patches
-from dino_kit.evaluators.attention import default_size
+from dino_kit.evaluators.attention import default_size, is_made_for_one_size
 from dino_kit.evaluators.gallery import Page, Picture, show
 from dino_kit.weights import Loaded
 
@@ -31,6 +32,7 @@ _PAGE, _RECORD = "attention.html", "attention.json"
 # Kinds of maps, by what a network without them lacks, and what they are.
 _KINDS = {
     "attention": ("self-attention", "attention maps"),
+    "reattention": ("Re-Attention", "maps of its last Re-Attention, which have a sign"),
     "mixing": ("token mixing by a matrix", "rows of its last token mixing"),
     "similarity": ("", "the similarity of each patch to the pooled feature"),
 }
@@ -53,7 +55,7 @@ def run(config: AttentionConfig) -> None:
     target = _target(config, target, images)
     backbone, transform = loaded.backbone.to(device), loaded.transform
     kinds = _kinds(config, backbone)
-    as_trained = transform.crop_without_resize or "mixing" in patches.available(backbone)
+    as_trained = transform.crop_without_resize or is_made_for_one_size(backbone)
     image_size = config.image_size or default_size(
         transform.image_size, backbone.patch_size, as_trained
     )

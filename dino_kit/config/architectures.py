@@ -23,6 +23,15 @@ RESMLP_SIZES = {
     "resmlp_b24": {"embed_dim": 768, "depth": 24},
 }
 FREE_RESMLP = "resmlp"
+# Width, blocks, heads and, of the blocks, the last so many with Re-Attention (Zhou et al. 2021,
+# published code); the MLP is three times as wide.
+DEEPVIT_SIZES = {
+    "deepvit_s": {"embed_dim": 396, "depth": 16, "num_heads": 12, "reattention_blocks": 5},
+    "deepvit_l": {"embed_dim": 420, "depth": 32, "num_heads": 12, "reattention_blocks": 12},
+}
+FREE_DEEPVIT = "deepvit"
+# Whose Re-Attention's maps are multiplied by 1/√(width of a head): no tensor shows it.
+SCALED_REATTENTION = ("deepvit_s",)
 # How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
 # mixing over, or resizes the image. The first is what it does where nothing else is said: in equal
 # time its features were the better ones (README, "Without attention").
@@ -66,6 +75,7 @@ class Family(NamedTuple):
     free: str  # the name whose sizes are given one by one
     sizes: dict[str, dict[str, int]]  # of the other names
     needed: tuple[str, ...]  # the sizes that the free name must be given
+    optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
 
 
@@ -73,7 +83,14 @@ VIT = Family("a vision transformer", FREE_VIT, VIT_SIZES, ("embed_dim", "depth",
 RESMLP = Family(
     "a ResMLP", FREE_RESMLP, RESMLP_SIZES, ("embed_dim", "depth"), settings=("mlp_grid",)
 )
-FAMILIES = (VIT, RESMLP)
+DEEPVIT = Family(
+    "a DeepViT",
+    FREE_DEEPVIT,
+    DEEPVIT_SIZES,
+    ("embed_dim", "depth", "num_heads"),
+    ("mlp_ratio", "reattention_blocks"),
+)
+FAMILIES = (VIT, RESMLP, DEEPVIT)
 BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
 
 

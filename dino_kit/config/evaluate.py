@@ -246,10 +246,11 @@ class Picture:
     download: bool = option(
         False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
-    maps: Literal["attention", "mixing", "similarity"] | None = option(
+    maps: Literal["attention", "reattention", "mixing", "similarity"] | None = option(
         None,
-        "What to show: attention of the class token; mixing, rows of the matrix by which a ResMLP "
-        "mixes its patches; or similarity of each patch to the pooled feature.",
+        "What to show: attention of the class token; reattention, that of a DeepViT, mixed and "
+        "normalised; mixing, rows of the matrix by which a ResMLP mixes its patches; or similarity "
+        "of each patch to the pooled feature.",
         nothing="attention; of a network that has none, all that it has",
     )
     image_size: tuple[int, ...] | None = option(
@@ -259,8 +260,8 @@ class Picture:
         "centre, one number a square.",
         low=1,
         nothing="480 480 for a network trained at 224 pixels, and in proportion for others; the "
-        "size it was trained at, where that is 64 pixels or fewer, for a ResMLP, and where nothing "
-        "is resized",
+        "size it was trained at, where that is 64 pixels or fewer, for a ResMLP or a DeepViT, and "
+        "where nothing is resized",
     )
     threshold: float | None = option(
         None, "Also draw masks of the patches that hold this share of the attention, such as 0.6.",

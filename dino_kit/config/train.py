@@ -64,24 +64,29 @@ class Backbone:
     arch: str = option(
         "vit_small",
         "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, or vit or resmlp with the sizes given below. "
-        "deit_tiny and deit_small are other names of vit_tiny and vit_small.",
+        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, or vit, resmlp or deepvit with "
+        "the sizes given below. deit_tiny and deit_small are other names of vit_tiny and vit_small.",
         then=architectures.canonical,
     )
     patch_size: int = option(
         16, "Side of a patch in pixels. Smaller ones give better features and cost more.", low=1
     )
     embed_dim: int | None = option(
-        None, "Width of --arch vit or resmlp.", low=1, nothing="by --arch"
+        None, "Width of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
     )
     depth: int | None = option(
-        None, "Number of blocks of --arch vit or resmlp.", low=1, nothing="by --arch"
+        None, "Number of blocks of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
     )
     num_heads: int | None = option(
-        None, "Attention heads of --arch vit.", low=1, nothing="by --arch"
+        None, "Attention heads of --arch vit or deepvit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit or resmlp.", above=0, high=100, nothing="4"
+        None, "Width of the MLP over that of --arch vit, resmlp or deepvit.", above=0, high=100,
+        nothing="4; 3 of a DeepViT",
+    )
+    reattention_blocks: int | None = option(
+        None, "Blocks of --arch deepvit, the last ones, that have Re-Attention.", low=1,
+        nothing="all",
     )
     mlp_grid: Literal["mix", "resize"] | None = option(
         None,
@@ -99,14 +104,19 @@ class Backbone:
 
     def check(self) -> None:
         family = architectures.family_of(self.arch) or architectures.VIT
-        sizes = (*family.needed, "mlp_ratio")
-        every = ("embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+        sizes = (*family.needed, *family.optional)
+        every = ("embed_dim", "depth", "num_heads", "mlp_ratio", "reattention_blocks", "mlp_grid")
         given = [name for name in every if getattr(self, name) is not None]
         useless = [f"--{name}" for name in given if name not in (*sizes, *family.settings)]
         if useless:
             raise UserError(
                 f"--arch {self.arch} has no use for {' and '.join(useless)}; leave "
                 f"{'it' if len(useless) == 1 else 'them'} out."
+            )
+        if family is architectures.DEEPVIT and self.patch_size % 2:
+            raise UserError(
+                f"--patch_size {self.patch_size} is odd; {family.title}, whose patch embedding "
+                "begins with every second pixel, takes an even one."
             )
         if self.arch == family.free:
             self._check_free_sizes(family)
@@ -129,6 +139,11 @@ class Backbone:
             raise UserError(
                 f"--mlp_ratio {self.mlp_ratio} of --embed_dim {self.embed_dim} leaves the MLP no "
                 "width."
+            )
+        if self.reattention_blocks is not None and self.reattention_blocks > self.depth:
+            raise UserError(
+                f"--reattention_blocks {self.reattention_blocks} is more than --depth {self.depth}; "
+                "it is at most that."
             )
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import frozen
-from dino_kit.backbones.interface import HasSelfAttention
+from dino_kit.backbones.interface import HasReAttention, HasSelfAttention, HasTokenMixing
 from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
@@ -35,13 +35,22 @@ def default_size(
     """Height and width at which to look: 480 after training at 224, as the reference has it.
 
     At other sizes it is in that proportion, in whole patches; small images, of 64 pixels and
-    fewer, are looked at ``as_trained`` on, and so are all by a network whose token mixing is made
-    for one size, or whose crops were not resized.
+    fewer, are looked at ``as_trained`` on, and so are all by a network that is made for one size
+    (:func:`is_made_for_one_size`), or whose crops were not resized.
     """
     if training_size <= 64 or as_trained:
         return training_size, training_size
     side = patch_size * max(1, round(training_size * 480 / 224 / patch_size))
     return side, side
+
+
+def is_made_for_one_size(backbone: nn.Module) -> bool:
+    """Whether other sizes than the training's are a makeshift for it.
+
+    They are where tokens are mixed by a matrix of one grid, and where maps are normalised by
+    statistics of one grid's.
+    """
+    return isinstance(backbone, HasTokenMixing | HasReAttention)
 
 
 def require_size(image_size: Sequence[int], patch_size: int) -> None:
@@ -101,11 +110,18 @@ def to_tensor(
 
 def require_attention(backbone: nn.Module) -> None:
     """Raises :class:`UserError` where ``backbone`` has no attention between all of its tokens."""
-    if not isinstance(backbone, HasSelfAttention):
+    if isinstance(backbone, HasSelfAttention):
+        return
+    name = type(backbone).__name__
+    if isinstance(backbone, HasReAttention):
         raise UserError(
-            f"{type(backbone).__name__} has no self-attention among all of its tokens, so there "
-            "are no attention maps to show; a vision transformer has them."
+            f"The last maps of {name} are mixed and normalised after the softmax, so they are no "
+            "self-attention; get_last_reattention has them, and --maps reattention shows them."
         )
+    raise UserError(
+        f"{name} has no self-attention among all of its tokens, so there are no attention maps to "
+        "show; a vision transformer has them."
+    )
 
 
 def attention_rows(backbone: nn.Module, image: Tensor) -> Tensor:
@@ -132,6 +148,22 @@ def attention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
     """The class token's attention to each patch, ``(heads, h, w)``; else as attention_rows."""
     attention = _attention(backbone, image)
     rows = attention[:, 0, backbone.num_prefix_tokens :].float().cpu()
+    return rows.unflatten(1, _grid(backbone, image))
+
+
+def reattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
+    """What the class token takes from each patch by Re-Attention, ``(heads, h, w)``, signed.
+
+    Of the last block, float32, on the CPU; arguments and errors as of attention_rows.
+    """
+    if not isinstance(backbone, HasReAttention):
+        raise UserError(
+            f"{type(backbone).__name__} has no Re-Attention, so there are no maps of it to show; a "
+            "DeepViT has them."
+        )
+    with looking(backbone, image):
+        maps = backbone.get_last_reattention(image[None])[0]
+    rows = maps[:, 0, backbone.num_prefix_tokens :].float().cpu()
     return rows.unflatten(1, _grid(backbone, image))
 
 

@@ -1,5 +1,7 @@
 """What there is to see of patches without attention: their similarity to the whole, their mixing.
 
+And what a class token takes from them by Re-Attention, which has a sign as mixing has.
+
 Legend: C channels, H and W pixels, N = h·w patches, R rows of the mixing that are shown.
 """
 
@@ -14,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_kit import patch_figures
-from dino_kit.backbones.interface import Features, HasSelfAttention, HasTokenMixing
+from dino_kit.backbones.interface import (
+    Features,
+    HasReAttention,
+    HasSelfAttention,
+    HasTokenMixing,
+)
 from dino_kit.data import bands
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention
@@ -28,6 +35,7 @@ def available(backbone: nn.Module) -> tuple[str, ...]:
     """The kinds of maps that ``backbone`` has, what it tells most by first."""
     has = {
         "attention": isinstance(backbone, HasSelfAttention),
+        "reattention": isinstance(backbone, HasReAttention),
         "mixing": isinstance(backbone, HasTokenMixing),
         "similarity": True,
     }
@@ -107,7 +115,7 @@ def show(
     """Write for each picture what :func:`~dino_kit.patch_figures.save_patches` lists.
 
     Args:
-        kinds: ``"mixing"``, ``"similarity"`` or both.
+        kinds: of ``"reattention"``, ``"mixing"`` and ``"similarity"`` those to show.
         backbone, pictures, image_size, crop_without_resize, mean, std, facts, advance, refuse: as
             those of :func:`~dino_kit.evaluators.gallery.show`.
 
@@ -127,12 +135,14 @@ def show(
         seen = attention.to_tensor(image, mean, std).to(device)  # (C, H, W)
         features = look(backbone, seen)
         mixing = mixing_rows(backbone, features.grid) if "mixing" in kinds else None
+        heads = attention.reattention_maps(backbone, seen) if "reattention" in kinds else None
         written = patch_figures.save_patches(
             picture.folder,
             bands.picture(image),
             title=picture.title,
             similarity=similarity_map(features).numpy() if "similarity" in kinds else None,
             mixing=None if mixing is None else (mixing.places, mixing.rows.numpy()),
+            reattention=None if heads is None else heads.numpy(),
             facts=facts,
         )
         advance(written[0])

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from dino_kit import distributed, files, log, sharding
+from dino_kit.batch_norm import batch_norms
 from dino_kit.errors import UserError
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 _NUMBERED = re.compile(r"checkpoint\d{4,}\.pth").fullmatch
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def network_states(student: nn.Module, teacher: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
@@ -28,7 +28,7 @@ def network_states(student: nn.Module, teacher: nn.Module) -> dict[str, dict[str
 
     The student is always wrapped there, the teacher only when it has a batch norm.
     """
-    wrapped = any(isinstance(module, _BATCH_NORMS) for module in teacher.modules())
+    wrapped = bool(batch_norms(teacher))
     return {
         "student": _prefixed(sharding.gathered(student.state_dict()), "module."),
         "teacher": _prefixed(sharding.gathered(teacher.state_dict()), "module." if wrapped else ""),
