@@ -14,17 +14,17 @@ still differ from each other. Re-Attention (section 4.2) therefore makes new map
 
 The norm is a batch norm whose channels are the heads: E and Var are over all images, queries and
 keys of a pass, in eval mode what the passes of the training have left (running statistics). So R
-has a sign and its rows sum to no particular number, near zero at the start: it is no attention, and
-:meth:`DeepViT.get_last_reattention` gives it. As the norm takes E away, b changes nothing; it is
-there for the sake of published weights. s is 1, or 1/√d in ``deepvit_s``.
+has a sign, and its rows sum to about zero before β is learnt and to no particular number then: it is
+no attention, and :meth:`DeepViT.get_last_reattention` gives it. As the norm takes E away, b changes
+nothing; it is there for the sake of published weights. s is 1, or 1/√d in ``deepvit_s``.
 
 A block works at a scale of its own, r = 1/2, in the published models:
 
     x ← x + Attention(LN(r x)) / r,  the first blocks', or Re-Attention's, the last blocks'
     x ← x + MLP(LN(r x)) / r
 
-As LN(r x) with ε is LN(x) with ε/r², all there is to it is a smaller weight on that epsilon, and
-branches of weight 1/r. The patches come from two convolutions before the linear map of a ViT:
+As LN(r x) with ε is LN(x) with ε/r², that comes to a larger epsilon and branches of weight 1/r, and
+is computed so. The patches come from two convolutions before the linear map of a ViT:
 
     C → 64, 7 × 7, every second pixel; BN, ReLU;  64 → 64, 3 × 3; BN, ReLU;  64 → D, p/2 × p/2
 
