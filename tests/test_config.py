@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dino_kit.cluster import submission
 from dino_kit.config import architectures, fields, recipe
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
 from dino_kit.config.crops import Crops
@@ -271,6 +272,8 @@ def configurations(draw) -> TrainConfig:
         values["use_fp16"] = None  # the two must not contradict each other
     if values["augment"] == "device":
         values["pixels"] = "fast"
+    if values["fsdp"]:
+        values["compile"] = False
     for low, high in zip(*(values[f"blur_radius_{end}"] for end in ("min", "max")), strict=True):
         if low > high:
             values["blur_radius_min"] = (0.0,) * 3
@@ -399,4 +402,6 @@ def test_every_field_is_read_by_its_command(name):
                       "gpus_per_node": "gpus", "ngpus": "gpus"}  # fmt: skip
     wanted = {by_other_names.get(field, field) for field in fields.names(schema)}
     wanted.discard("profile")  # read with the words of the command line
+    if issubclass(schema, SlurmConfig):
+        wanted -= set(submission.OF_THE_SHELL)  # read one by one, by this table
     assert wanted - set().union(*map(names_read, modules)) == set()

@@ -20,7 +20,7 @@ from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.deepvit import ReAttention
 from dino_kit.backbones.interface import HasReAttention, HasSelfAttention
 from dino_kit.backbones.recognition import recognize
-from dino_kit.batch_norm import batch_norms, statistics_unchanged
+from dino_kit.batch_norm import batch_norms, statistics_unchanged, synchronised
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import UserError
 from dino_kit.evaluators.attention import is_made_for_one_size, require_attention
@@ -268,17 +268,21 @@ def config(**changes):
 
 
 def test_accumulation_would_be_another_method(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     sentence = "^--arch deepvit, which has batch norms, with a batch of 16 in parts of .* 8 would"
     with pytest.raises(UserError, match=sentence):
-        with_total_batch(config(total_batch_size=16), cpu)
-    assert with_total_batch(config(), cpu).total_batch_size == 8
-    assert with_total_batch(config(arch="vit", total_batch_size=16), cpu).total_batch_size == 16
+        with_total_batch(config(total_batch_size=16))
+    assert with_total_batch(config()).total_batch_size == 8
+    assert with_total_batch(config(arch="vit", total_batch_size=16)).total_batch_size == 16
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="^--arch deepvit, which .* needs GPUs, .* another --arch.$"):
-        with_total_batch(config(), cpu)
-    assert with_total_batch(config(), gpu).total_batch_size == 16
-    assert with_total_batch(config(arch="vit"), cpu).total_batch_size == 16
+    assert with_total_batch(config()).total_batch_size == 16
+
+
+def test_its_norms_over_several_processes_need_gpus():
+    network = tiny()
+    with pytest.raises(UserError, match="^The batch norms of this --arch .* GPUs, or another"):
+        synchronised(network, torch.device("cpu"))
+    norms = batch_norms(synchronised(tiny(), torch.device("cuda")))
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
 
 
 # Names, flags and files

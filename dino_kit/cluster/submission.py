@@ -23,7 +23,7 @@ from dino_kit.errors import UserError
 
 SUBMITTED = "submitted.jsonl"
 # What people set once in their shells: sbatch reads SBATCH_ACCOUNT and its like.
-_OF_THE_SHELL = ("partition", "account", "qos")
+OF_THE_SHELL = ("partition", "account", "qos")
 # A signal before Python has its handlers would end the job; ignored, it leaves the requeue to Slurm.
 _START = 'trap "" TERM USR2; exec {python} "$@"'
 
@@ -76,7 +76,7 @@ def slurm_parameters(config: SlurmConfig, gpus: int, code: Path | None) -> dict[
         "mem": f"{round(memory * 1024)}MB" if memory else None,
         "time": config.timeout,
         "signal_delay_s": config.signal_delay,
-        **{name: getattr(config, name) or _of_the_shell(name) for name in _OF_THE_SHELL},
+        **{name: getattr(config, name) or _of_the_shell(name) for name in OF_THE_SHELL},
         "constraint": VOLTA_32 if config.use_volta32 else config.constraint,
         "comment": config.comment,
         "array_parallelism": config.array_parallelism,
