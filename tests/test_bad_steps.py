@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from group import together
+from processes import together
 from test_train import metrics, pictures, words  # noqa: F401
 
 # What each process does: something is wrong on the second one, in the steps that are named. It
@@ -55,7 +55,7 @@ def test_one_bad_process_of_two(pictures, tmp_path, fault):  # noqa: F811
     out = tmp_path / "out"
     line = words(pictures, out, "--batch_size_per_gpu", 4, "--max_bad_steps", 2, "--warmup_epochs", 0,
                  "--log_every_steps", 1, "--freeze_last_layer", 0)  # fmt: skip
-    ended = together(PROGRAM, line, FAULT=fault, STEPS="[1, 3, 4]", NOTES=str(tmp_path))
+    ended = together("-c", PROGRAM, *line, FAULT=fault, STEPS="[1, 3, 4]", NOTES=str(tmp_path))
     assert [one.status for one in ended] == [1, 1], ended
     for rank in range(2):
         notes = json.loads((tmp_path / str(rank)).read_text())
@@ -79,6 +79,6 @@ def test_the_process_that_is_named_is_the_one_with_the_bad_image(pictures, tmp_p
     source = open_training_source(str(pictures), tmp_path / "lists")
     expected = {source.name(int(i)) for i in epoch_order(0, 0, len(source))[4:8]}
     line = words(pictures, tmp_path / "out", "--batch_size_per_gpu", 4, "--max_bad_steps", 1)
-    ended = together(PROGRAM, line, FAULT="a loss", STEPS="[0]", NOTES=str(tmp_path))
+    ended = together("-c", PROGRAM, *line, FAULT="a loss", STEPS="[0]", NOTES=str(tmp_path))
     named = ended[0].said.splitlines()[-1].partition(" are ")[2].removesuffix(".").split(", ")
     assert set(named) == expected

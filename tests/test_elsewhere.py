@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from group import together
+from processes import together
 from test_train import (  # noqa: F401
     Stopped,
     assert_equal_up_to_rounding,
@@ -31,7 +31,7 @@ def test_one_process_goes_on_as_two_in_another_place(
     shutil.copytree(pictures, tmp_path / "moved")
     (tmp_path / "run").rename(tmp_path / "renamed")
     flags = ("--num_workers", workers, "--device", "auto", "--batch_size_per_gpu", 4)
-    ended = together(PROGRAM, words(tmp_path / "moved", tmp_path / "renamed", *flags))
+    ended = together("-c", PROGRAM, *words(tmp_path / "moved", tmp_path / "renamed", *flags))
     assert [one.status for one in ended] == [0, 0], ended
     assert result(tmp_path / "renamed")["step"] == 6
     assert [line["step"] for line in metrics(tmp_path / "renamed")] == [3, 6]

@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from group import together
+from processes import together
 from test_train import pictures, words  # noqa: F401
 
 # What each process does: the one that is named comes to grief in its third step.
@@ -47,7 +47,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def run(pictures, out, fault: str, who: int, minutes: float = 5.0, processes: int = 2):  # noqa: F811
     flags = ("--total_batch_size", 4 * processes, "--batch_size_per_gpu", 4, "--save_every_steps", 1)
     line = words(pictures, out, *flags, "--dist_timeout_minutes", minutes)
-    return together(PROGRAM, line, processes, timeout=120, FAULT=fault, WHO=str(who))
+    group = {"processes": processes, "timeout": 120}
+    return together("-c", PROGRAM, *line, **group, FAULT=fault, WHO=str(who))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGKILL")

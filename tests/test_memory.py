@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from group import together
+from processes import together
 from test_train import assert_equal_up_to_rounding, pictures, train, whole, words  # noqa: F401
 
 from dino_kit.evaluators.probe import Probe
@@ -104,7 +104,7 @@ def learn(*arguments):
 learned, Learner._learn = Learner._learn, learn
 sys.exit(cli.main(sys.argv[1:]))
 """
-    ended = together(program, words(pictures, tmp_path, "--batch_size_per_gpu", 4))
+    ended = together("-c", program, *words(pictures, tmp_path, "--batch_size_per_gpu", 4))
     assert [one.status for one in ended] == [1, 1]
     assert "2 may fit: --batch_size_per_gpu 2 --total_batch_size 8" in ended[1].said
     assert "Process 1 (of 2) has stopped: The memory does not suffice" in ended[0].said

@@ -33,7 +33,7 @@ from dino_kit.data.sources.opening import open_labelled_sources
 from dino_kit.data.sources.single import OneImage
 from dino_kit.data.sources.source import Relabelled, Subset, fingerprint
 from dino_kit.data.sources.tar import TarSource
-from dino_kit.evaluators.head_training import _fingerprint
+from dino_kit.evaluators.identity import _fingerprint
 
 NAMES = ["école/été.png", "école/a.png", "犬/1.png", "한국어/é 2.png", "z/ñ.png", "z/1.png"]
 

@@ -204,7 +204,7 @@ def test_a_single_image_will_do(tmp_path, known, capsys):
 # Measuring
 
 
-def learner_and_load(**changes):
+def learner_and_load(precision="fp32", **changes):
     config = fields.from_plain(TrainConfig, TINY | {"total_batch_size": 1} | changes)
     source = DigitsSource("train")
 
@@ -212,7 +212,7 @@ def learner_and_load(**changes):
         sized = replace(config, total_batch_size=images, batch_size_per_gpu=images)
         return next(iter(build_loader(sized, source, view_groups(sized), CPU, 0)))
 
-    return build_learner(config, 10, CPU, "fp32"), load, source
+    return build_learner(config, 10, CPU, precision), load, source
 
 
 def test_a_real_measurement_ends_in_a_recipe(capsys):
@@ -245,7 +245,7 @@ def test_wider_networks_and_more_crops_need_more_memory():
 
 @pytest.mark.parametrize(("step", "image"), [(0.05, 0.001), (0.0, 0.002)])
 def test_what_two_sizes_of_step_differ_by_is_the_images_own_cost(step, image, monkeypatch):
-    learner, load, source = learner_and_load()
+    learner, load, source = learner_and_load("bf16")
     monkeypatch.setattr(speed, "_SECONDS", 10)
 
     def seconds(learner, prepare, batches, repeats=1):
@@ -256,7 +256,7 @@ def test_what_two_sizes_of_step_differ_by_is_the_images_own_cost(step, image, mo
     assert (found.step, found.image) == (pytest.approx(step, abs=1e-9), pytest.approx(image))
     monkeypatch.setattr(speed, "_SECONDS", 1e-6)  # few images only
     few = speed.measure(learner, load, Prepare(CPU), len(source))
-    # What a step keeps however few its images, such as the prototypes, is no cost of an image.
+    # What a step keeps however few its images, weights in half precision, is no cost of an image.
     assert 0.5 * few.image_bytes < found.image_bytes < few.image_bytes
     assert found.fixed_bytes > few.fixed_bytes
 

@@ -79,7 +79,10 @@ def _loaded(load: Load, images: int) -> tuple[Sequence[Any], float]:
 def _seconds(
     learner: Any, prepare: Callable[[Any], Any], batches: Sequence[Any], repeats: int = 1
 ) -> float:
-    """Of a step with all that the device does for it, the least of ``repeats``: what else the machine does only ever adds to it."""
+    """Of a step with all that the device does for it, the least of ``repeats``.
+
+    What else the machine does only ever adds to it.
+    """
     least = math.inf
     for step in range(repeats):
         wait(learner.device)
