@@ -126,9 +126,7 @@ class _WeightNormProduct(torch.autograd.Function):
         by_x = torch.zeros_like(x) if of_x else None
         by_v = torch.empty_like(v) if of_v else None
         by_g = torch.empty_like(g) if of_g else None
-        places = iter(range(0, len(v), _at_once(v)))
-        for own, rows, scale in _prototypes(gradient, v, g):
-            part = slice(first := next(places), first + len(rows))
+        for number, (own, rows, scale) in enumerate(_prototypes(gradient, v, g)):
             norms = rows.norm(dim=1, keepdim=True)
             units = rows / norms
             if of_x:
@@ -137,6 +135,8 @@ class _WeightNormProduct(torch.autograd.Function):
                 continue
             by_w = (own.mT @ low).to(v.dtype)
             along = torch.linalg.vecdot(by_w, units).unsqueeze(1)
+            first = number * _at_once(v)
+            part = slice(first, first + len(rows))
             if of_v:
                 torch.mul(by_w.addcmul_(units, along, value=-1), scale / norms, out=by_v[part])
             if of_g:
