@@ -120,7 +120,7 @@ def require_attention(backbone: nn.Module) -> None:
         )
     raise UserError(
         f"{name} has no self-attention among all of its tokens, so there are no attention maps to "
-        "show; a vision transformer has them."
+        "show; a vision transformer has them, and --maps similarity shows any network's patches."
     )
 
 
