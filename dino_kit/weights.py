@@ -2,8 +2,9 @@
 
 Layouts: a run's checkpoint, as dino_kit or the reference writes it (networks under ``student`` and
 ``teacher``, prefixes ``module.`` and ``backbone.``, a head beside the backbone, settings under
-``config`` or ``args``), and the bare tensors of a backbone. What a file says of its architecture is
-held against its tensors' shapes, and what the caller says against both.
+``config`` or ``args``), the bare tensors of a backbone, and the same under ``state_dict_ema``, as
+the authors of CSWin publish them. What a file says of its architecture is held against its tensors'
+shapes, and what the caller says against both.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
 
 NEWEST = "checkpoint.pth"
+_PUBLISHED = "state_dict_ema"  # under which code that trains by timm publishes a network
 
 
 class EvalTransform(NamedTuple):
@@ -115,7 +117,8 @@ def load(
         arch: an architecture's name; like all sizes needed only where the file does not tell.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, mlp_grid: as for
             ``create_backbone``.
-        arch_options: ``KEY=VALUE`` of a library's model; see :mod:`~dino_kit.config.arch_options`.
+        arch_options: ``KEY=VALUE`` of a library's model or a CSWin Transformer; see
+            :mod:`~dino_kit.config.arch_options`.
         exif, value_range, normalize: what images become, as flags of ``dino-kit train`` say it.
 
     Raises:
@@ -177,6 +180,7 @@ def _network(
 ) -> tuple[dict[str, Any], str | None]:
     """The backbone's tensors by their own names, and which network they are of."""
     networks = [key for key, value in content.items() if _is_network(value)]
+    which = _PUBLISHED if networks == [_PUBLISHED] else which
     if which in networks:
         state: Mapping[str, Any] = content[which]
     elif networks:

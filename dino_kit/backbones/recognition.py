@@ -2,8 +2,8 @@
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
 caller says, is held against it, and settles what does not show: a ViT's number of heads, how a
-ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps. A model of a
-library is what the file or the caller calls it.
+ResMLP meets other grids of patches than its own, the scale of a DeepViT's maps, and the heads and
+stripes of a CSWin Transformer. A model of a library is what the file or the caller calls it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dino_kit.backbones import cswin_tensors
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.architectures import Family
 from dino_kit.errors import UserError
@@ -60,6 +61,8 @@ def recognize(
         sizes["num_heads"] = _heads(name, fits, given, said, sizes, path)
     elif family is architectures.RESMLP:
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
+    elif family is architectures.CSWIN:
+        sizes |= cswin_tensors.unseen(name, fits, given, said, sizes, path)
     else:
         sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
     return Architecture(name if fits else family.free, family.free, sizes)
@@ -124,6 +127,8 @@ def some(names: Iterable[Any]) -> str:
 def _family(state: Mapping[str, Any]) -> Family:
     if "blocks.0.attn.weight" in state:
         return architectures.RESMLP
+    if cswin_tensors.EMBEDDING in state:
+        return architectures.CSWIN
     return architectures.DEEPVIT if _mixing_matrices(state) else architectures.VIT
 
 
@@ -162,10 +167,17 @@ def _resmlp_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {**sizes, "image_size": side * sizes["patch_size"]}
 
 
+def _cswin_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    needed = {cswin_tensors.EMBEDDING: 4, cswin_tensors.HIDDEN: 2}
+    _require("CSWin Transformer", needed, state, path)
+    return cswin_tensors.shown(state)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
     architectures.FREE_VIT: _vit_sizes,
     architectures.FREE_RESMLP: _resmlp_sizes,
     architectures.FREE_DEEPVIT: _deepvit_sizes,
+    architectures.FREE_CSWIN: _cswin_sizes,
 }
 
 
@@ -266,12 +278,13 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
-    if given["arch_options"] is not None:
+    if given["arch_options"] is not None and family is not architectures.CSWIN:
         raise UserError(
             f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
         )
-    for name in ("num_heads", "mlp_grid"):
-        if given[name] is not None and name not in (*family.needed, *family.settings):
+    for name in given:
+        known = (*sizes, *family.needed, *family.settings, "arch_options")
+        if given[name] is not None and name not in known:
             raise UserError(
                 f"--{name} {given[name]} contradicts {path}, which is {family.title} and has no "
                 "use for it."
@@ -318,7 +331,8 @@ def _says(name: str, other: Iterable[str], family: Family) -> str:
 
 
 def _shape(sizes: dict[str, Any], other: Iterable[str] = ()) -> str:
-    shown = dict.fromkeys(("embed_dim", "depth", *other))
+    own = (size for size in ("embed_dim", "depth", "depths") if size in sizes)
+    shown = dict.fromkeys((*own, *other))
     return f"tensors have {' and '.join(f'{size} {sizes[size]}' for size in shown)}"
 
 

@@ -45,7 +45,8 @@ def _train(config: TrainConfig) -> None:
     else:
         log.say(f"done: {_newest(config)}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
-    page = "" if architectures.family_of(config.arch) is architectures.RESMLP else " --html"
+    family = architectures.family_of(config.arch)
+    page = "" if family in (architectures.RESMLP, architectures.CSWIN) else " --html"
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE{page}")
     log.say(f"  dino-kit report {config.output_dir}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
@@ -31,6 +31,27 @@ DEEPVIT_SIZES = {
     "deepvit_l": {"embed_dim": 420, "depth": 32, "num_heads": 12, "reattention_blocks": 12},
 }
 FREE_DEEPVIT = "deepvit"
+# Width of the first stage; blocks, heads and width of stripes of each of four stages, for images of
+# 224 pixels (Dong et al. 2021, published code); the MLP is four times as wide.
+CSWIN_SIZES = {
+    "cswin_tiny": {
+        "embed_dim": 64, "depths": [1, 2, 21, 1], "heads": [2, 4, 8, 16],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_small": {
+        "embed_dim": 64, "depths": [2, 4, 32, 2], "heads": [2, 4, 8, 16],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_base": {
+        "embed_dim": 96, "depths": [2, 4, 32, 2], "heads": [4, 8, 16, 32],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_large": {
+        "embed_dim": 144, "depths": [2, 4, 32, 2], "heads": [6, 12, 24, 24],
+        "split_sizes": [1, 2, 7, 7],
+    },
+}  # fmt: skip
+FREE_CSWIN = "cswin"
 # Whose Re-Attention's maps are multiplied by 1/√(width of a head): no tensor shows it.
 SCALED_REATTENTION = ("deepvit_s",)
 # How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
@@ -78,7 +99,7 @@ class Family(NamedTuple):
 
     title: str  # what a sentence calls one of them
     free: str  # the name whose sizes are given one by one; of a library how its names are written
-    sizes: dict[str, dict[str, int]]  # of the other names
+    sizes: dict[str, dict[str, Any]]  # of the other names
     needed: tuple[str, ...]  # the sizes that the free name must be given
     optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
@@ -98,7 +119,15 @@ DEEPVIT = Family(
     ("embed_dim", "depth", "num_heads"),
     ("mlp_ratio", "reattention_blocks"),
 )
-FAMILIES = (VIT, RESMLP, DEEPVIT)
+CSWIN = Family(
+    "a CSWin Transformer",
+    FREE_CSWIN,
+    CSWIN_SIZES,
+    ("embed_dim",),
+    takes_patch_size=False,
+    patch_size=32,
+)
+FAMILIES = (VIT, RESMLP, DEEPVIT, CSWIN)
 BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
 
 

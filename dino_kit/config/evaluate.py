@@ -50,7 +50,7 @@ class Checkpoint:
         nothing="the checkpoint's",
     )
     arch_options: tuple[str, ...] | None = option(
-        None, "What a library's model was built with, KEY=VALUE, likewise.",
+        None, "What a library's model, or a CSWin Transformer, was built with, KEY=VALUE, likewise.",
         nothing="the checkpoint's", then=arch_options.check,
     )
     in_chans: int | None = option(
