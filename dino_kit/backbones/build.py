@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +44,10 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``, which needs ``embed_dim``
     and ``depth``, or ``cswin``, which needs ``embed_dim``; or a model of a library as
     ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``.
-    ``options`` are
-    ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or arguments of
-    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP`,
-    :class:`~dino_kit.backbones.deepvit.DeepViT` or :class:`~dino_kit.backbones.cswin.CSWin`, and go
-    before the sizes of the name.
+    ``options`` are ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or
+    arguments of :class:`~dino_kit.backbones.vit.VisionTransformer`,
+    :class:`~dino_kit.backbones.resmlp.ResMLP`, :class:`~dino_kit.backbones.deepvit.DeepViT` or
+    :class:`~dino_kit.backbones.cswin.CSWin`, and go before the sizes of the name.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.
@@ -82,11 +80,13 @@ def require_sizes(backbone: nn.Module, sizes: Sequence[int], way_out: str = "") 
 
 
 def _library(name: str) -> ModuleType:
-    """The module that builds a library's models; imported when it is asked for."""
-    modules = {
-        "timm": "timm_models",
-        "torchvision": "torchvision_models",
-        "hf": "transformers_models",
-        "python": "own_callable",
-    }
-    return import_module(f"dino_kit.backbones.libraries.{modules[name]}")
+    """What builds a library's models; imported when it is asked for."""
+    if name == "timm":
+        from dino_kit.backbones.libraries import timm_models as library
+    elif name == "torchvision":
+        from dino_kit.backbones.libraries import torchvision_models as library
+    elif name == "hf":
+        from dino_kit.backbones.libraries import transformers_models as library
+    else:
+        from dino_kit.backbones.libraries import own_callable as library
+    return library
