@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_train import Stopped, assert_same_run, metrics, stop_after
 from torch.utils.flop_counter import FlopCounterMode
 
+import dino_kit
+from dino_kit import cli
+from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.cswin import CrossShapedAttention, CSWin, stripe_widths
 from dino_kit.backbones.interface import Backbone, HasReAttention, HasSelfAttention, HasTokenMixing
+from dino_kit.backbones.recognition import recognize
+from dino_kit.config.train import TrainConfig
 from dino_kit.errors import UserError
 from dino_kit.evaluators.attention import is_made_for_one_size, require_attention
 from dino_kit.training.compiling import compile_blocks
+from dino_kit.weights import load
 
 TINY = {
     "image_size": 64,
@@ -156,18 +167,14 @@ def test_a_block_shows_a_token_a_cross():
 
 
 @pytest.mark.parametrize(
-    "sizes, millions, macs",
-    [
-        ({}, 22.3, 4.3),
-        ({"depths": [2, 4, 32, 2]}, 34.6, 6.9),
-        ({"embed_dim": 96, "depths": [2, 4, 32, 2], "heads": [4, 8, 16, 32]}, 77.4, 15.0),
-        ({"embed_dim": 144, "depths": [2, 4, 32, 2], "heads": [6, 12, 24, 24]}, 173.3, 31.5),
-    ],
-)
-def test_published_numbers_of_parameters_and_of_multiplications(sizes, millions, macs):
+    "name, millions, macs",
+    [("cswin_tiny", 22.3, 4.3), ("cswin_small", 34.6, 6.9), ("cswin_base", 77.4, 15.0),
+     ("cswin_large", 173.3, 31.5)],
+)  # fmt: skip
+def test_published_numbers_of_parameters_and_of_multiplications(name, millions, macs):
     """With a classifier of 1,000 classes; half of what PyTorch's FlopCounterMode counts."""
     with torch.device("meta"):
-        network = CSWin(**sizes)
+        network = create_backbone(name)
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 3, 224, 224))
     count = sum(p.numel() for p in network.parameters()) + 1000 * (network.embed_dim + 1)
@@ -320,3 +327,166 @@ def test_compiled_blocks_give_the_same_under_the_same_names():
     for size in (64, 96):
         torch.testing.assert_close(compiled(images(size, size)), network(images(size, size)))
     assert list(compiled.state_dict()) == list(network.state_dict())
+
+
+# Names, flags and files
+
+
+def config(**changes):
+    options = {"arch": "cswin", "embed_dim": 8, "global_crops_size": 64, "local_crops_size": 32}
+    return TrainConfig(data_path="digits", output_dir="x", **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"embed_dim": None}, "--arch cswin needs its sizes: --embed_dim missing"),
+        ({"depth": 4}, "--arch cswin has no use for --depth; leave it out"),
+        ({"num_heads": 2}, "--arch cswin has no use for --num_heads"),
+        ({"patch_size": 8}, "--arch cswin has patches of its own"),
+        ({"local_crops_size": 48}, "--local_crops_size 48 is not a multiple of .* 32; .* 32 and 64"),
+        ({"arch": "cswin_tiny"}, "--embed_dim cannot be given; use --arch cswin"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        config(**changes)
+    assert config(arch_options=("heads=[2,4,4,4]",)).known_patch_size == 32
+
+
+GIVEN = dict.fromkeys(
+    ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
+     "arch_options")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cswin_tiny", "cswin_small", "cswin_base", "cswin_large"])
+def test_a_name_is_known_by_its_tensors(name):
+    with torch.device("meta"):
+        state = create_backbone(name).state_dict()
+    found = recognize(state, {}, None, GIVEN, "it")
+    assert (found.name, found.built_as) == (name, "cswin")
+    with torch.device("meta"):
+        again = create_backbone("cswin", **found.options)
+    heads = [block.attns[0].num_heads * len(block.attns) for block in again.blocks]
+    with torch.device("meta"):
+        own = create_backbone(name)
+    assert heads == [block.attns[0].num_heads * len(block.attns) for block in own.blocks]
+    assert again.stage3[0].attns[0].width == 7
+
+
+def test_what_no_tensor_shows_is_said_by_options():
+    with torch.device("meta"):
+        state = create_backbone("cswin_base").state_dict()
+    given = {**GIVEN, "arch_options": ("split_sizes=[1,2,12,12]",)}
+    found = recognize(state, {}, None, given, "it")
+    assert found.name == "cswin_base" and found.options["split_sizes"] == [1, 2, 12, 12]
+    assert found.options["heads"] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    "said, arch, options, sentence",
+    [
+        ({}, None, None, r"The heads and split_sizes of it are not known: .* depths \[1, 1, 2, 2\]"),
+        ({}, None, ["heads=[2,4,8,16]"], r"The split_sizes of it are .* --arch_options split_sizes="),
+        ({}, "cswin_tiny", None, "cswin_tiny has embed_dim 64, depths .*; leave --arch out"),
+        ({}, "vit_tiny", None, "vit_tiny contradicts it, whose tensors are those of a CSWin"),
+        ({"arch": "cswin", "arch_options": ["heads=[2,2,2,2]"]}, None, ["heads=[2,4,8,16]"],
+         r"--arch_options heads=\[2, 4, 8, 16\] contradicts it, which has heads \[2, 2, 2, 2\]"),
+        ({"arch": "cswin"}, None, ["depths=[1,2,3,4]"], "contradicts it, which has depths"),
+    ],
+)
+def test_what_is_not_known_or_contradicts_is_refused(said, arch, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        recognize(tiny().state_dict(), said, arch, {**GIVEN, "arch_options": options}, "it")
+
+
+def test_flags_of_other_families_are_refused_for_its_files():
+    with pytest.raises(UserError, match="--patch_size 16 .* a CSWin Transformer and has no use"):
+        recognize(tiny().state_dict(), {"arch": "cswin"}, None, {**GIVEN, "patch_size": 16}, "it")
+
+
+def test_what_a_run_does_not_say_goes_by_its_name():
+    state = tiny().state_dict()
+    found = recognize(state, {"arch": "cswin"}, None, GIVEN, "it")
+    assert found.options == {
+        "in_chans": 3, "embed_dim": 4, "depths": [1, 1, 2, 2], "mlp_ratio": 2.0,
+        "heads": [2, 4, 8, 16], "split_sizes": [1, 2, 7, 7],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [None, "state_dict_ema"])
+def test_published_files_load_as_they_are(tmp_path, key):
+    network = tiny(in_chans=1).eval()
+    state = {**network.state_dict(), "head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
+    torch.save(state if key is None else {key: state}, tmp_path / "it.pth")
+    said = [f"{size}={TINY[size]}" for size in ("heads", "split_sizes")]
+    loaded = load(tmp_path / "it.pth", arch_options=said)
+    assert loaded.matched == len(network.state_dict()) and loaded.which == key
+    picture = images(96, 160)[:, :1]
+    with torch.inference_mode():
+        assert torch.equal(loaded.backbone(picture), network(picture))
+
+
+def test_of_two_networks_in_a_file_none_is_taken_for_the_other(tmp_path):
+    state = tiny().state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "it.pth")
+    with pytest.raises(UserError, match="it holds state_dict, state_dict_ema: choose one"):
+        load(tmp_path / "it.pth")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(16):
+        folder = root / f"class{number % 2}"
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 255, (48, 48, 3), np.uint8) // (1 + number % 2)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def train(pictures, out, *flags) -> int:
+    words = (
+        "--arch cswin --embed_dim 4 --mlp_ratio 2 --arch_options depths=[1,1,1,2] heads=[2,4,8,16] "
+        "split_sizes=[1,2,3,3] --global_crops_size 64 --local_crops_size 32 --local_crops_number 2 "
+        "--out_dim 32 --head_hidden_dim 32 --head_bottleneck_dim 16 --total_batch_size 8 --epochs 3 "
+        "--batch_size_per_gpu 4 --num_workers 0 --device cpu --warmup_epochs 1 --lr 0.05 "
+        "--probe_freq 0 --log_every_steps 1"
+    ).split()
+    words = ["train", *words, "--data_path", pictures, "--output_dir", out, *flags]
+    return cli.main([str(word) for word in words])
+
+
+def test_it_is_pretrained_evaluated_and_looked_into(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path / "run") == 0
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+    said = capsys.readouterr()
+    assert f"attention {tmp_path / 'run'} --image_path IMAGE\n" in said.out + said.err
+    backbone = dino_kit.load_backbone(tmp_path / "run")
+    assert isinstance(backbone, CSWin) and backbone.stage3[0].attns[0].width == 3
+
+    run, data = str(tmp_path / "run"), ["--data_path", str(pictures), "--val_share", "0.5"]
+    assert cli.main(["knn", run, *data]) == 0
+    record = json.loads((tmp_path / "run/knn.json").read_text("utf-8"))
+    assert record["architecture"]["depths"] == [1, 1, 1, 2]
+    assert cli.main(["linear", run, *data, "--epochs", "1", "--n_last_blocks", "3"]) == 2
+    assert "is more than the 2 blocks that the backbone has" in capsys.readouterr().err
+
+    picture = str(next(pictures.glob("*/*.png")))
+    words = ["attention", run, "--image_path", picture]
+    assert cli.main(words) == 0
+    assert "CSWin has no self-attention" in capsys.readouterr().err
+    assert list((tmp_path / "run/attention").rglob("similarity*.png"))
+    assert cli.main([*words, "--maps", "attention"]) == 2
+    assert "it takes similarity here" in capsys.readouterr().err
+    assert cli.main(["report", run]) == 0
+
+
+def test_it_is_resumed_bit_for_bit(pictures, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 3)
+        train(pictures, tmp_path / "parts", "--save_every_steps", 2)
+    for name in ("parts", "whole"):
+        assert train(pictures, tmp_path / name) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -13,25 +13,25 @@ a cross. Of a stripe X^m, and of stripes X^1 … X^M side by side:
     head_k = (Y_k^1, …, Y_k^M)                           vertical stripes for k ≤ h/2, then horizontal
     CSWin-Attention(X) = Concat(head_1, …, head_h) W^O
 
-(The paper writes the horizontal ones first, the code and its weights have them last.) LePE, the
-locally enhanced positional encoding (section 3.3), is where tokens learn of places: a convolution,
-3 × 3, of each channel of V by itself, within the stripe, zero around it. It is of no size, so images
-of any are met without interpolation. A block is a ViT's (section 3.4):
+(The paper writes the horizontal ones first, the code and its weights have them last.) On n × m tokens,
+D wide, that takes n·m·D (4D + sw·n + sw·m) multiplications, projections included. LePE, the enhanced positional encoding (section 3.3), is where tokens learn of places: a convolution, 3 × 3, of
+each channel of V by itself, within the stripe, zero around it. It is of no size, so images of any are
+met without interpolation. A block is a ViT's (section 3.4):
 
     x ← x + CSWin-Attention(LN(x))
     x ← x + MLP(LN(x))
 
-The network (section 3.1), each convolution followed by a LayerNorm over channels:
+The network (section 3.1): each stage begins with a convolution, then a LayerNorm of each token.
 
-    stage 1   convolution 7 × 7, stride 4          H/4 × W/4 tokens     D     sw 1   in every size
-    stage 2   convolution 3 × 3, stride 2          H/8 × W/8            2D    sw 2
-    stage 3   convolution 3 × 3, stride 2          H/16 × W/16          4D    sw 7
-    stage 4   convolution 3 × 3, stride 2          H/32 × W/32          8D    all tokens, all heads
+    stage 1    7 × 7, stride 4    H/4 × W/4 tokens     D wide    sw 1
+    stage 2    3 × 3, stride 2    H/8 × W/8            2D        sw 2
+    stage 3    3 × 3, stride 2    H/16 × W/16          4D        sw 7
+    stage 4    3 × 3, stride 2    H/32 × W/32          8D        all heads among all tokens
     LN, and the mean of the tokens: the feature, 8D wide
 
 Stripes widen where tokens are fewer; for images of 384 pixels the authors have 12 in the place of 7.
 
-Other grids than the widths divide, as multi-crop and larger pictures have them. A stripe is always as
+Multi-crop and larger pictures bring grids that no such width divides. A stripe is always as
 long as the grid. As in the authors' code for dense prediction, the stripes lie centred over the grid,
 and the outer two stand out equally far, to a token. There what stands out is filled with zeros, whose
 scores of 0 take attention from the tokens: the more, the more stands out, which a student would see
