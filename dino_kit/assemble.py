@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from dino_kit import distributed, files, log, sharding
-from dino_kit.backbones.build import create_backbone
+from dino_kit.backbones.build import create_backbone, require_sizes
 from dino_kit.batch_norm import batch_norms, synchronised
-from dino_kit.config import architectures
+from dino_kit.config import arch_options, architectures
 from dino_kit.config.train import TrainConfig
 from dino_kit.data import augment
 from dino_kit.data.bad_images import BadImages
@@ -69,7 +69,6 @@ def assemble(
     Raises:
         UserError: something in the configuration, the data or the folder does not fit.
     """
-    architectures.require_buildable(config.arch)
     files.require_folder("output_dir", config.output_dir)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
@@ -167,7 +166,9 @@ def _what_brings_batch_norms(config: TrainConfig) -> str | None:
     """What of ``config`` gives the networks batch norms, for a sentence; None for nothing."""
     if config.use_bn_in_head:
         return "--use_bn_in_head"
-    with torch.device("meta"):
+    # Of a library's, not every model can be built without memory for its weights.
+    here = architectures.family_of(config.arch).is_built_here
+    with torch.device("meta") if here else nullcontext():
         backbone = create_backbone(config.arch, **backbone_options(config))
     return f"--arch {config.arch}, which has batch norms," if batch_norms(backbone) else None
 
@@ -227,11 +228,13 @@ def backbone_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`create_backbone` takes of ``config``; sizes that were not given stay away."""
     names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "reattention_blocks", "mlp_grid")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if architectures.family_of(config.arch).takes_patch_size:
+        given["patch_size"] = config.patch_size
     return {
-        "patch_size": config.patch_size,
         "in_chans": config.in_chans,
         "image_size": config.global_crops_size,
         **given,
+        **arch_options.pairs(config.arch_options),
     }
 
 
@@ -269,6 +272,9 @@ def build_learner(
         student_head = head(backbone, config.norm_last_layer)
         teacher_backbone = create_backbone(config.arch, **options)
         teacher_head = head(teacher_backbone, True)
+    sizes = [config.global_crops_size]
+    sizes += [config.local_crops_size] if config.local_crops_number else []
+    require_sizes(backbone, sizes, "; --local_crops_number 0 does without local crops")
     student, teacher = build_student_teacher(
         backbone, student_head, teacher_backbone, teacher_head
     )
@@ -346,7 +352,7 @@ def introduce(
     backbone = learner.student.backbone
     size = sum(p.numel() for p in backbone.parameters())
     log.say(
-        f"{config.arch}, patch {config.patch_size}, {size / 1e6:.1f} M parameters, on "
+        f"{config.arch}, patch {backbone.patch_size}, {size / 1e6:.1f} M parameters, on "
         f"{learner.device} in {precision}, {distributed.world_size()} process(es)"
     )
     log.say(

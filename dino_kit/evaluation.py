@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_kit import log, weights
+from dino_kit.backbones.build import require_sizes
 from dino_kit.config import fields
 from dino_kit.config.evaluate import Checkpoint, Labelled
 from dino_kit.data.sources.opening import LISTS, open_labelled_sources
@@ -35,6 +36,7 @@ def load_checkpoint(config: Checkpoint) -> Loaded:
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         mlp_grid=config.mlp_grid,
+        arch_options=config.arch_options,
         exif=config.exif,
         value_range=config.value_range,
         normalize=config.normalize,
@@ -72,6 +74,7 @@ def transform(loaded: Loaded, image_size: int | None) -> EvalTransform:
             f"--image_size {size} is not a multiple of the patch size {patch}; the nearest that "
             f"is: {max(patch, patch * round(size / patch))}."
         )
+    require_sizes(loaded.backbone, [size])
     return chosen
 
 

@@ -102,6 +102,7 @@ def load(
     num_heads: int | None = None,
     mlp_ratio: float | None = None,
     mlp_grid: str | None = None,
+    arch_options: Sequence[str] | None = None,
     exif: str | None = None,
     value_range: Sequence[float] | None = None,
     normalize: str | Sequence[float] | None = None,
@@ -114,6 +115,7 @@ def load(
         arch: an architecture's name; like all sizes needed only where the file does not tell.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, mlp_grid: as for
             ``create_backbone``.
+        arch_options: ``KEY=VALUE`` of a library's model; see :mod:`~dino_kit.config.arch_options`.
         exif, value_range, normalize: what images become, as flags of ``dino-kit train`` say it.
 
     Raises:
@@ -133,15 +135,16 @@ def load(
         "num_heads": num_heads,
         "mlp_ratio": mlp_ratio,
         "mlp_grid": mlp_grid,
+        "arch_options": arch_options,
     }
-    name, family, sizes = recognition.recognize(state, said, arch, given, path)
+    name, built_as, sizes = recognition.recognize(state, said, arch, given, path)
     # First weights are drawn only to be replaced, so the caller's random numbers are left alone.
     with torch.random.fork_rng(devices=[]):
-        backbone = create_backbone(family.free, **sizes)
+        backbone = create_backbone(built_as, **sizes)
     matched = _fill(backbone, state, path)
     return Loaded(
         backbone.eval(),
-        _transform(said, sizes, exif, value_range, normalize, path),
+        _transform(said, backbone, exif, value_range, normalize, path),
         {"name": name, **sizes},
         which,
         str(path),
@@ -206,14 +209,14 @@ def _settings(content: dict[str, Any]) -> dict[str, Any]:
 
 def _transform(
     said: Mapping[str, Any],
-    sizes: Mapping[str, Any],
+    backbone: nn.Module,
     exif: str | None,
     value_range: Sequence[float] | None,
     normalize: str | Sequence[float] | None,
     path: Path,
 ) -> EvalTransform:
     """How images are prepared: as the file says, where it does, else as the caller says."""
-    channels = sizes["in_chans"]
+    channels = backbone.in_chans
     check_value_range(value_range)
     check_normalize(normalize, channels)
     given = {"exif": exif, "value_range": value_range, "normalize": normalize}
@@ -226,7 +229,7 @@ def _transform(
     if channels == 3 or known.get("normalize") not in (None, AUTO):
         mean, std = statistics(known.get("normalize"), channels)
     size, as_it_is = said.get("global_crops_size"), bool(said.get("crop_without_resize"))
-    found = EvalTransform(size or sizes["image_size"], mean, std, pixels, as_it_is)
+    found = EvalTransform(size or backbone.image_size, mean, std, pixels, as_it_is)
     if exif not in (None, pixels.exif):
         _contradict("exif", exif, pixels.exif, path)
     if value_range is not None and tuple(value_range) != pixels.value_range:

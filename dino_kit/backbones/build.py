@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -10,7 +13,7 @@ from torch import nn
 from dino_kit.backbones.deepvit import DeepViT
 from dino_kit.backbones.resmlp import ResMLP
 from dino_kit.backbones.vit import VisionTransformer
-from dino_kit.config import architectures
+from dino_kit.config import arch_options, architectures
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
@@ -36,23 +39,48 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
     ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``; or
     ``vit`` or ``deepvit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``,
-    which needs ``embed_dim`` and ``depth``. ``options`` are arguments of
+    which needs ``embed_dim`` and ``depth``; or a model of a library as ``timm:NAME``,
+    ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are
+    ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or arguments of
     :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP` or
     :class:`~dino_kit.backbones.deepvit.DeepViT`, and go before the sizes of the name.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.
     """
-    architectures.require_buildable(name)
     name = architectures.canonical(name)
+    family = architectures.family_of(name)
+    if not family.is_built_here:
+        arch_options.require_fresh(name, options)
+        library, _, name = name.partition(":")
+        return _library(library).build(name, **options)
     kind, sizes = BACKBONES[name]
     allowed = list(inspect.signature(kind).parameters)
     for option in options:
         if option not in allowed:
             hint = nearest(option, allowed)
             raise UserError(f"{name} has no option {option!r}; it has {', '.join(allowed)}{hint}")
-    family = architectures.family_of(name)
     missing = [size for size in family.needed if size not in options]
     if name == family.free and missing:
         raise UserError(f"The sizes of {name} are given one by one; {', '.join(missing)} missing.")
     return kind(**{**sizes, **options})
+
+
+def require_sizes(backbone: nn.Module, sizes: Sequence[int], way_out: str = "") -> None:
+    """Raises :class:`UserError` where images of one of these sides, in pixels, do not pass.
+
+    Which sides do can be known of a library's model by trying only. ``way_out`` ends the sentence.
+    """
+    if hasattr(backbone, "require_sizes"):
+        backbone.require_sizes(sizes, way_out)
+
+
+def _library(name: str) -> ModuleType:
+    """The module that builds a library's models; imported when it is asked for."""
+    modules = {
+        "timm": "timm_models",
+        "torchvision": "torchvision_models",
+        "hf": "transformers_models",
+        "python": "own_callable",
+    }
+    return import_module(f"dino_kit.backbones.libraries.{modules[name]}")

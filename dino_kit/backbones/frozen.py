@@ -15,11 +15,18 @@ def frozen(backbone: nn.Module, device: torch.device) -> Iterator[None]:
 
     Afterwards each module is in the mode that it was in.
     """
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
+    plain = torch.autocast(device.type, enabled=False)
+    with in_eval_mode(backbone), torch.inference_mode(), plain:
+        yield
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Within: eval mode; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -25,6 +25,7 @@ class Backbone(Protocol):
     embed_dim: int
     patch_size: int
     num_prefix_tokens: int
+    depth: int  # how many blocks' outputs get_intermediate_layers can give
     # The probability with which each residual branch is dropped, L numbers in order of execution.
     drop_path_rates: tuple[float, ...]
     # Whether blocks are computed again in the backward pass in place of keeping what they computed.

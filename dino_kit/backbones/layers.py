@@ -5,6 +5,7 @@ Legend: B batch, C channels, H and W pixels, N patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -63,10 +64,16 @@ class _GeluLinear(torch.autograd.Function):
         return inner, rows.mT @ F.gelu(x).flatten(0, -2), rows.sum(dim=0)
 
 
-def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Tensor:
+def run_block(
+    block: Callable[..., Tensor],
+    checkpoint_activations: bool,
+    *arguments,
+    within: nn.Module | None = None,
+) -> Tensor:
     """``block(*arguments)``, or the same keeping nothing but the arguments for the backward pass.
 
     That computes the block a second time, and a network then holds the activations of one block.
+    ``within`` is the module that a block is a part of, where it is none itself.
     """
     if not (checkpoint_activations and torch.is_grad_enabled()):
         return block(*arguments)
@@ -76,7 +83,7 @@ def run_block(block: nn.Module, checkpoint_activations: bool, *arguments) -> Ten
         *arguments,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), statistics_unchanged(block)),
+        context_fn=lambda: (nullcontext(), statistics_unchanged(within or block)),
     )
 
 

@@ -2,7 +2,8 @@
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
 caller says, is held against it, and settles what does not show: a ViT's number of heads, how a
-ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps.
+ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps. A model of a
+library is what the file or the caller calls it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_kit.config import architectures
+from dino_kit.config import arch_options, architectures
 from dino_kit.config.architectures import Family
 from dino_kit.errors import UserError
 
@@ -21,8 +22,8 @@ class Architecture(NamedTuple):
     """What to build."""
 
     name: str
-    family: Family
-    options: dict[str, Any]  # all sizes, for the family's free name
+    built_as: str  # what create_backbone calls it: the family's free name, or a library's own
+    options: dict[str, Any]  # all that it takes
 
 
 def recognize(
@@ -45,6 +46,9 @@ def recognize(
         UserError: no known architecture has such tensors; what is said or given contradicts them;
             or what does not show in them is neither said nor given.
     """
+    library = _library(said, arch, path)
+    if library:
+        return Architecture(library, library, _library_options(said, given, path))
     family = _family(state)
     sizes = _READERS[family.free](state, path)
     saved = _saved_name(said, family, path)
@@ -58,7 +62,56 @@ def recognize(
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
     else:
         sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
-    return Architecture(name if fits else family.free, family, sizes)
+    return Architecture(name if fits else family.free, family.free, sizes)
+
+
+def _library(said: Mapping[str, Any], arch: str | None, path: Path) -> str | None:
+    """The model of a library that the file or the caller names; None where neither names one.
+
+    Its tensors are not asked: what they are called, and which there are, is the library's affair,
+    and loading holds them against the model.
+    """
+    saved = _canonical(said, path)
+    given = None if arch is None else architectures.canonical(arch)
+    if saved is not None and given not in (None, saved) and _is_library(saved):
+        raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
+    name = given or saved
+    if name is None or not _is_library(name):
+        return None
+    if name.startswith("python:") and given is None:
+        # A file must not choose which code is run.
+        raise UserError(
+            f"{path} is of {name}, code of your own, which is not run because a file says so; if it "
+            f"is the one that you mean, give --arch {name}."
+        )
+    return name
+
+
+def _is_library(name: str) -> bool:
+    return not architectures.family_of(name).is_built_here
+
+
+def _library_options(
+    said: Mapping[str, Any], given: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """What a library's model was built with; each where it is known."""
+    useless = [
+        f"--{name}" for name, value in given.items()
+        if value is not None and name not in ("in_chans", "arch_options")
+    ]  # fmt: skip
+    if useless:
+        raise UserError(
+            f"{path} is of a library's model, which has no use for {' and '.join(useless)}; what it "
+            "takes is given by --arch_options."
+        )
+    in_chans = _agreed("in_chans", given, said, path)
+    words = _agreed("arch_options", given, said, path)
+    size = said.get("global_crops_size")
+    return {
+        **({} if size is None else {"image_size": size}),
+        "in_chans": 3 if in_chans is None else in_chans,
+        **arch_options.pairs(words),
+    }
 
 
 def some(names: Iterable[Any]) -> str:
@@ -159,13 +212,9 @@ def _side(patches: int, path: Path, what: str) -> int:
 
 def _saved_name(said: Mapping[str, Any], family: Family, path: Path) -> str | None:
     """The architecture that the file says it is of."""
-    if said.get("arch") is None:
+    name = _canonical(said, path)
+    if name is None:
         return None
-    try:
-        architectures.require_buildable(str(said["arch"]))
-    except UserError as error:
-        raise UserError(f"What {path} says of itself cannot be built: {error}") from error
-    name = architectures.canonical(str(said["arch"]))
     if architectures.family_of(name) is not family:
         raise UserError(
             f"{path} contradicts itself: it says that it is {name}, and its tensors are those of "
@@ -174,11 +223,19 @@ def _saved_name(said: Mapping[str, Any], family: Family, path: Path) -> str | No
     return name
 
 
+def _canonical(said: Mapping[str, Any], path: Path) -> str | None:
+    if said.get("arch") is None:
+        return None
+    try:
+        return architectures.canonical(str(said["arch"]))
+    except UserError as error:
+        raise UserError(f"What {path} says of itself cannot be built: {error}") from error
+
+
 def _name(arch: str | None, saved: str | None, family: Family, path: Path) -> str | None:
     """The architecture's name, given or said."""
     if arch is None:
         return saved
-    architectures.require_buildable(arch)
     given = architectures.canonical(arch)
     if saved and given not in (saved, family.free):
         raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
@@ -209,6 +266,10 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
+    if given["arch_options"] is not None:
+        raise UserError(
+            f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
+        )
     for name in ("num_heads", "mlp_grid"):
         if given[name] is not None and name not in (*family.needed, *family.settings):
             raise UserError(

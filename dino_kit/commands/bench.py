@@ -26,7 +26,7 @@ from dino_kit.bench.data import by_workers, in_process
 from dino_kit.bench.machine import describe
 from dino_kit.bench.step import measure_step as measure_phases
 from dino_kit.checking import feeding
-from dino_kit.config import architectures, fields
+from dino_kit.config import fields
 from dino_kit.config.bench import (
     BenchDataConfig,
     BenchFitConfig,
@@ -104,7 +104,6 @@ def step(config: BenchStepConfig) -> None:
         UserError: the settings do not fit together.
         RunFailed: a step is not finite.
     """
-    architectures.require_buildable(config.arch)
     _require_place(config.json)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)
@@ -183,7 +182,6 @@ def fit(config: BenchFitConfig) -> int:
     Raises:
         UserError: no image can be read, or the settings do not fit together.
     """
-    architectures.require_buildable(config.arch)
     _require_place(config.json)
     device = distributed.choose_device(config.device)
     precision = resolve_precision(config.precision, config.use_fp16, device)

@@ -17,7 +17,6 @@ def run(config: TrainConfig) -> None:
         UserError: the settings, the data or the folder do not fit.
         RunFailed: too many steps in a row were not finite.
     """
-    architectures.require_buildable(config.arch)  # told before the seconds that PyTorch takes
     try:
         _train(config)
     except (KeyboardInterrupt, Interrupted):

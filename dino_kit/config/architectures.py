@@ -1,7 +1,8 @@
-"""Names of architectures: the sizes of those that are built here, and those known besides."""
+"""Names of architectures: the sizes of those that are built here, and whose the others are."""
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from dino_kit.config.fields import nearest
@@ -37,7 +38,6 @@ SCALED_REATTENTION = ("deepvit_s",)
 # time its features were the better ones (README, "Without attention").
 MLP_GRIDS = ("mix", "resize")
 MLP_GRID = MLP_GRIDS[0]
-ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
 # fmt: off
 _TORCHVISION = [
@@ -64,19 +64,27 @@ _XCIT = [
     for size in ("nano_12", "tiny_12", "small_12", "tiny_24", "small_24", "medium_24", "large_24")
     for patch in (16, 8)
 ]
-# Known to recipes, so that the reference's command lines are understood, but not built here.
-KNOWN = dict.fromkeys(_TORCHVISION, "torchvision") | dict.fromkeys(_XCIT, "XCiT")
+# What the reference calls them, and where they are.
+ALIASES = {
+    "deit_tiny": "vit_tiny",
+    "deit_small": "vit_small",
+    **{name: f"torchvision:{name}" for name in _TORCHVISION},
+    **{name: f"timm:{name}_224" for name in _XCIT},
+}
 
 
 class Family(NamedTuple):
-    """Architectures of one kind that are built here."""
+    """Architectures of one kind."""
 
     title: str  # what a sentence calls one of them
-    free: str  # the name whose sizes are given one by one
+    free: str  # the name whose sizes are given one by one; of a library how its names are written
     sizes: dict[str, dict[str, int]]  # of the other names
     needed: tuple[str, ...]  # the sizes that the free name must be given
     optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
+    is_built_here: bool = True  # or by a library
+    takes_patch_size: bool = True
+    patch_size: int | None = None  # where it is the family's own, and not each model's
 
 
 VIT = Family("a vision transformer", FREE_VIT, VIT_SIZES, ("embed_dim", "depth", "num_heads"))
@@ -94,31 +102,49 @@ FAMILIES = (VIT, RESMLP, DEEPVIT)
 BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
 
 
-def family_of(name: str) -> Family | None:
-    """The family of a canonical name; None for what nothing here builds."""
-    return next((f for f in FAMILIES if name in (*f.sizes, f.free)), None)
+def _library(title: str, form: str) -> Family:
+    return Family(title, form, {}, (), optional=(), is_built_here=False, takes_patch_size=False)
+
+
+# By what stands before the colon of their models' names.
+LIBRARIES = {
+    "timm": _library("a model of timm", "timm:NAME"),
+    "torchvision": _library("a model of torchvision", "torchvision:NAME"),
+    "hf": _library("a model of Hugging Face transformers", "hf:FOLDER"),
+    "python": _library("a model of the user's own", "python:PACKAGE.MODULE:CALLABLE"),
+}
+
+
+def family_of(name: str) -> Family:
+    """The family of an architecture.
+
+    Raises:
+        UserError: as :func:`canonical`.
+    """
+    name = canonical(name)
+    library, colon, _ = name.partition(":")
+    if colon:
+        return LIBRARIES[library]
+    return next(family for family in FAMILIES if name in (*family.sizes, family.free))
 
 
 def canonical(name: str) -> str:
-    """The one name of an architecture that has two.
+    """The one name of an architecture that has two; a library's own names are not looked up.
 
     Raises:
         UserError: there is no such architecture; the sentence names the nearest.
     """
     name = ALIASES.get(name, name)
-    if name not in BUILDABLE and name not in KNOWN:
+    library, colon, rest = name.partition(":")
+    if library in LIBRARIES and colon:
+        form = LIBRARIES[library].free
+        if not rest or form.count(":") == 2 and not re.fullmatch(r"[\w.]+:[\w.]+", rest):
+            raise UserError(f"--arch is {name!r}; of {library} it is written {form}.")
+        return name
+    if name not in BUILDABLE:
+        forms = ", ".join(family.free for family in LIBRARIES.values())
         raise UserError(
-            f"--arch is {name!r}; it takes {', '.join(BUILDABLE)}, or a name of torchvision's or "
-            f"XCiT's{nearest(name, (*BUILDABLE, *ALIASES, *KNOWN))}"
+            f"--arch is {name!r}; it takes {', '.join(BUILDABLE)}, a model of a library as {forms}, "
+            f"or a name of the reference's{nearest(name, (*BUILDABLE, *ALIASES))}"
         )
     return name
-
-
-def require_buildable(name: str) -> None:
-    """Raises :class:`UserError` for a name that is known but that nothing here builds."""
-    name = canonical(name)
-    if name not in BUILDABLE:
-        raise UserError(
-            f"{name} is an architecture of {KNOWN[name]}, which this version does not build; it "
-            f"builds {', '.join(BUILDABLE)}."
-        )

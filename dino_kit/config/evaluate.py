@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_kit.config import architectures
+from dino_kit.config import arch_options, architectures
 from dino_kit.config.fields import REQUIRED, Checked, option
 from dino_kit.config.train import check_device
 from dino_kit.errors import UserError
@@ -48,6 +48,10 @@ class Checkpoint:
     mlp_grid: Literal["mix", "resize"] | None = option(
         None, "How a ResMLP sees images of another size than it was trained at, likewise.",
         nothing="the checkpoint's",
+    )
+    arch_options: tuple[str, ...] | None = option(
+        None, "What a library's model was built with, KEY=VALUE, likewise.",
+        nothing="the checkpoint's", then=arch_options.check,
     )
     in_chans: int | None = option(
         None, "Channels of the images, likewise.", low=1, nothing="the checkpoint's"

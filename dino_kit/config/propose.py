@@ -8,6 +8,7 @@ from dino_kit.config import architectures
 from dino_kit.config.fields import REQUIRED, Checked, option
 from dino_kit.config.pixels import Pixels
 from dino_kit.config.train import check_device
+from dino_kit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,11 @@ class Proposed:
     )
 
     def check(self) -> None:
-        if self.arch is not None:
-            architectures.require_buildable(self.arch)
+        if self.arch is not None and not architectures.family_of(self.arch).is_built_here:
+            raise UserError(
+                f"--arch {self.arch} is a library's, whose recipes nobody here knows; leave it out, "
+                f"or give {', '.join(architectures.BUILDABLE)}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_kit.config import architectures
+from dino_kit.config.backbone import Backbone
 from dino_kit.config.crops import Crops
 from dino_kit.config.fields import REQUIRED, Checked, option
 from dino_kit.config.pixels import Pixels
@@ -55,96 +56,6 @@ def check_device(name: str) -> str:
     ):
         raise UserError(f"--device is {name!r}; it takes auto, cpu, cuda, cuda:N or mps.")
     return name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """Backbone"""
-
-    arch: str = option(
-        "vit_small",
-        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, or vit, resmlp or deepvit with "
-        "the sizes given below. deit_tiny and deit_small are other names of vit_tiny and vit_small.",
-        then=architectures.canonical,
-    )
-    patch_size: int = option(
-        16, "Side of a patch in pixels. Smaller ones give better features and cost more.", low=1
-    )
-    embed_dim: int | None = option(
-        None, "Width of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
-    )
-    depth: int | None = option(
-        None, "Number of blocks of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
-    )
-    num_heads: int | None = option(
-        None, "Attention heads of --arch vit or deepvit.", low=1, nothing="by --arch"
-    )
-    mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit, resmlp or deepvit.", above=0, high=100,
-        nothing="4; 3 of a DeepViT",
-    )
-    reattention_blocks: int | None = option(
-        None, "Blocks of --arch deepvit, the last ones, that have Re-Attention.", low=1,
-        nothing="all",
-    )
-    mlp_grid: Literal["mix", "resize"] | None = option(
-        None,
-        "How a ResMLP, made for the grid of patches of the global crops, sees local crops: mix "
-        "carries its mixing of patches over to their grid, resize enlarges them to the global "
-        "size, which costs more.",
-        nothing=architectures.MLP_GRID,
-    )
-    drop_path_rate: float = option(
-        0.1,
-        "Stochastic depth of the student: rate of the last block of a ViT, of each block of a "
-        "ResMLP.",
-        low=0, below=1,
-    )
-
-    def check(self) -> None:
-        family = architectures.family_of(self.arch) or architectures.VIT
-        sizes = (*family.needed, *family.optional)
-        every = ("embed_dim", "depth", "num_heads", "mlp_ratio", "reattention_blocks", "mlp_grid")
-        given = [name for name in every if getattr(self, name) is not None]
-        useless = [f"--{name}" for name in given if name not in (*sizes, *family.settings)]
-        if useless:
-            raise UserError(
-                f"--arch {self.arch} has no use for {' and '.join(useless)}; leave "
-                f"{'it' if len(useless) == 1 else 'them'} out."
-            )
-        if family is architectures.DEEPVIT and self.patch_size % 2:
-            raise UserError(
-                f"--patch_size {self.patch_size} is odd; {family.title}, whose patch embedding "
-                "begins with every second pixel, takes an even one."
-            )
-        if self.arch == family.free:
-            self._check_free_sizes(family)
-        elif any(name in sizes for name in given):
-            flags = ", ".join(f"--{name}" for name in given if name in sizes)
-            raise UserError(
-                f"--arch {self.arch} has sizes of its own, so {flags} cannot be given; use --arch "
-                f"{family.free} to choose them."
-            )
-
-    def _check_free_sizes(self, family: architectures.Family) -> None:
-        absent = [f"--{name}" for name in family.needed if getattr(self, name) is None]
-        if absent:
-            raise UserError(f"--arch {self.arch} needs its sizes: {', '.join(absent)} missing.")
-        if self.num_heads is not None and self.embed_dim % self.num_heads:
-            raise UserError(
-                f"--embed_dim {self.embed_dim} is not a multiple of --num_heads {self.num_heads}."
-            )
-        if self.mlp_ratio is not None and int(self.embed_dim * self.mlp_ratio) < 1:
-            raise UserError(
-                f"--mlp_ratio {self.mlp_ratio} of --embed_dim {self.embed_dim} leaves the MLP no "
-                "width."
-            )
-        if self.reattention_blocks is not None and self.reattention_blocks > self.depth:
-            raise UserError(
-                f"--reattention_blocks {self.reattention_blocks} is more than --depth {self.depth}; "
-                "it is at most that."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,17 +259,20 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Run, Data, Pixels, Crops, Optimisation, Objective, Head, Backbone, Checked):
     def check(self) -> None:
-        if architectures.family_of(self.arch) is None:
-            return
+        patch = self.known_patch_size
+        if patch is None:
+            return  # the model is asked when it is there
+        takes = architectures.family_of(self.arch).takes_patch_size
+        flag = "--patch_size" if takes else f"the patches of {self.arch},"
         sizes = [("global_crops_size", self.global_crops_size)]
         if self.local_crops_number:
             sizes.append(("local_crops_size", self.local_crops_size))
         for name, size in sizes:
-            rest = size % self.patch_size
+            rest = size % patch
             if rest:
-                below, above = size - rest, size - rest + self.patch_size
+                below, above = size - rest, size - rest + patch
                 near = f"{below} and {above}" if below else f"{above}"
                 raise UserError(
-                    f"--{name} {size} is not a multiple of --patch_size {self.patch_size}; the "
-                    f"nearest {'are' if below else 'is'} {near}."
+                    f"--{name} {size} is not a multiple of {flag} {patch}; the nearest "
+                    f"{'are' if below else 'is'} {near}."
                 )

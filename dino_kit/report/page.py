@@ -88,14 +88,15 @@ def _facts(record: Record) -> list[str]:
     config = record.config
     if config is None:
         return []
-    size = [f"{config.embed_dim} wide"] if config.embed_dim else []
+    size = [f"patch {config.known_patch_size}"] if config.known_patch_size else []
+    size += [f"{config.embed_dim} wide"] if config.embed_dim else []
     size += [f"{config.depth} blocks"] if config.depth else []
     size += [f"{config.num_heads} heads"] if config.num_heads else []
     crops = f"crops of {config.global_crops_size}"
     if config.local_crops_number:
         crops += f" and {config.local_crops_number} × {config.local_crops_size}"
     return [
-        ", ".join([f"{config.arch}, patch {config.patch_size}", *size]),
+        ", ".join([config.arch, *size]),
         f"{crops} pixels",
         f"{config.out_dim:,} prototypes",
         f"{config.epochs:,} epochs of {config.data_path}" if config.data_path

@@ -22,15 +22,26 @@ def is_regularized(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups, decayed ones first; the second never decays."""
-    trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    """The trainable parameters in two groups, decayed ones first; the second never decays.
+
+    The second has, besides, what a ``network.backbone`` exempts by its ``no_weight_decay()``.
+    """
+    decayed, others = split_by_decay(network)
     return [
-        {"params": [p for name, p in trainable if is_regularized(name, p)]},
-        {
-            "params": [p for name, p in trainable if not is_regularized(name, p)],
-            "weight_decay": 0.0,
-        },
+        {"params": list(decayed.values())},
+        {"params": list(others.values()), "weight_decay": 0.0},
     ]
+
+
+def split_by_decay(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trainable parameters that weight decay applies to, and the others, by their names."""
+    exempt = getattr(getattr(network, "backbone", None), "no_weight_decay", set)()
+    exempt = {f"backbone.{name}" for name in exempt}
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    decayed = {
+        name: p for name, p in trainable.items() if is_regularized(name, p) and name not in exempt
+    }
+    return decayed, {name: p for name, p in trainable.items() if name not in decayed}
 
 
 def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
