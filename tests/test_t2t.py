@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_train import Stopped, assert_same_run, metrics, result, stop_after, train
 from torch.utils.flop_counter import FlopCounterMode
 
+import dino_kit
+from dino_kit import cli
+from dino_kit.assemble import untrained_backbone
+from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Backbone, HasSelfAttention
+from dino_kit.backbones.recognition import recognize
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.backbones.t2t import Performer, T2TViT, TokensToToken, sinusoids
+from dino_kit.config import fields
+from dino_kit.config.train import TrainConfig
 from dino_kit.errors import UserError
+from dino_kit.weights import load
 
 TINY = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0,
         "token_dim": 8}  # fmt: skip
@@ -34,11 +46,6 @@ def tiny(**options) -> T2TViT:
 def images(*size: int, count: int = 2) -> torch.Tensor:
     numbers = torch.Generator().manual_seed(sum(size))
     return torch.randn(count, 3, *(size or (32, 32)), generator=numbers)
-
-
-def fixed(network) -> dict[str, torch.Tensor]:
-    state = network.state_dict()
-    return {name: state[name].clone() for name in FIXED}
 
 
 # The model
@@ -280,15 +287,18 @@ def test_autocast_stays_close_to_float32(dtype):
         torch.testing.assert_close(half.float(), network(images(16, 32), kept), rtol=0, atol=0.05)
 
 
-SIZES = {
-    "t2t_vit_7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},
-}
+# Names, flags and files
 
 
 @pytest.mark.parametrize(
     "name, millions, multiplications",
     [
         ("t2t_vit_7", 4.3, 1.1),
+        ("t2t_vit_10", 5.9, 1.5),
+        ("t2t_vit_12", 6.9, 1.8),
+        ("t2t_vit_14", 21.5, 4.8),
+        ("t2t_vit_19", 39.2, 8.5),
+        ("t2t_vit_24", 64.1, 13.8),
     ],
 )
 def test_numbers_of_parameters_and_of_multiplications(name, millions, multiplications, monkeypatch):
@@ -300,10 +310,129 @@ def test_numbers_of_parameters_and_of_multiplications(name, millions, multiplica
     # It knows no device without numbers, on which nothing is computed and all is counted.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with torch.device("meta"):
-        network = T2TViT(**SIZES[name])
+        network = create_backbone(name)
         pictures = torch.empty(1, 3, 224, 224)
     count = sum(p.numel() for p in network.parameters()) + 1000 * (network.embed_dim + 1)
     assert count / 1e6 == pytest.approx(millions, rel=0.01)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.forward_features(pictures)
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiplications, rel=0.1)
+
+
+def config(**changes):
+    sizes = {"arch": "t2t_vit", "embed_dim": 24, "depth": 2, "num_heads": 2, **changes}
+    crops = {"global_crops_size": 32, "local_crops_size": 16}
+    return TrainConfig(data_path="digits", output_dir="x", **{**crops, **sizes})
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"patch_size": 8}, "--arch t2t_vit has patches of its own, so --patch_size cannot be given"),
+        ({"global_crops_size": 40}, "--global_crops_size 40 is not a multiple of .* 16; .* 32 and 48"),
+        ({"local_crops_size": 8}, "--local_crops_size 8 is not a multiple of .* 16; .* is 16"),
+        ({"reattention_blocks": 1}, "--arch t2t_vit has no use for --reattention_blocks"),
+        ({"num_heads": None}, "--arch t2t_vit needs its sizes: --num_heads missing."),
+        ({"arch": "t2t_vit_7"}, "t2t_vit_7 has sizes of its own, .*; use --arch t2t_vit to choose"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        config(**changes)
+    assert config(patch_size=16, mlp_ratio=2.0).known_patch_size == 16
+
+
+GIVEN = dict.fromkeys(
+    ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
+     "arch_options")
+)  # fmt: skip
+
+
+def test_what_no_tensor_shows_and_what_contradicts_one():
+    state = tiny().state_dict()
+    with pytest.raises(UserError, match="heads of it is not known: .* 24 and depth 2; give --num_h"):
+        recognize(state, {}, None, GIVEN, "it")
+    found = recognize(state, {}, None, {**GIVEN, "num_heads": 3, "patch_size": 16}, "it")
+    assert found == ("t2t_vit", "t2t_vit", {**TINY, "in_chans": 3})
+    with pytest.raises(UserError, match="--patch_size 8 contradicts it, .* have patch_size 16"):
+        recognize(state, {}, None, {**GIVEN, "num_heads": 3, "patch_size": 8}, "it")
+    with pytest.raises(UserError, match="--arch vit contradicts it, whose tensors .* a T2T-ViT"):
+        recognize(state, {}, "vit", {**GIVEN, "num_heads": 3}, "it")
+    with pytest.raises(UserError, match="--arch t2t_vit_7 contradicts it: t2t_vit_7 has embed_dim"):
+        recognize(state, {}, "t2t_vit_7", {**GIVEN, "num_heads": 3}, "it")
+    with pytest.raises(UserError, match="--num_heads 8 contradicts it, which is of 4 heads"):
+        with torch.device("meta"):
+            state = create_backbone("t2t_vit_7").state_dict()
+        recognize(state, {}, None, {**GIVEN, "num_heads": 8}, "it")
+
+
+def test_a_token_transformer_of_another_kind_is_refused():
+    """The published code has a second one, of softmax attention."""
+    state = {name.replace("attention1.w", "attention1.attn.w"): value
+             for name, value in tiny().state_dict().items()}  # fmt: skip
+    sentence = "no T2T-ViT with Performers .* no tensor tokens_to_token.attention1.w with 2"
+    with pytest.raises(UserError, match=sentence):
+        recognize(state, {}, None, {**GIVEN, "num_heads": 3}, "it")
+
+
+def test_a_published_file_is_read_as_it_is(tmp_path):
+    """The averaged weights under their key, a classifier among them, for another image size."""
+    network = create_backbone("t2t_vit_7", image_size=64, in_chans=2).eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    state |= {"module.head.weight": torch.zeros(10, 256), "module.head.bias": torch.zeros(10)}
+    torch.save({"state_dict_ema": state}, tmp_path / "published.pth.tar")
+    loaded = load(tmp_path / "published.pth.tar", "state_dict_ema")
+    assert loaded.architecture == {
+        "name": "t2t_vit_7", "image_size": 64, "in_chans": 2, "embed_dim": 256, "depth": 7,
+        "num_heads": 4, "mlp_ratio": 2.0, "token_dim": 64,
+    }  # fmt: skip
+    assert loaded.matched == len(network.state_dict()) == 109
+    picture = images(48, 32)[:, :2]
+    with torch.inference_mode():
+        assert torch.equal(loaded.backbone(picture), network(picture))
+
+
+FLAGS = ["--arch", "t2t_vit", "--patch_size", 16, "--global_crops_size", 32, "--local_crops_size",
+         16, "--batch_size_per_gpu", 128, "--epochs", 1, "--warmup_epochs", 0,
+         "--total_batch_size", 128]  # fmt: skip
+
+
+def test_it_is_pretrained_evaluated_and_looked_into(tmp_path, capsys):
+    for name in ("one", "other"):
+        assert train("digits", tmp_path / name, *FLAGS, "--checkpoint_activations",
+                     name == "other") == 0  # fmt: skip
+    losses = [line["loss"] for line in metrics(tmp_path / "one")]
+    again = [line["loss"] for line in metrics(tmp_path / "other")]
+    assert losses[-1] < losses[0] and again == pytest.approx(losses, abs=1e-4)
+
+    content = result(tmp_path / "one")
+    first = untrained_backbone(fields.from_plain(TrainConfig, content["config"])).state_dict()
+    for name, value in first.items():
+        student, teacher = content["student"][f"module.backbone.{name}"], content["teacher"]
+        teacher = teacher[f"backbone.{name}"]
+        # What is fixed is of the seed, the same in both, and as it was.
+        assert torch.equal(student, value) == torch.equal(teacher, value) == (name in FIXED), name
+        assert torch.equal(student, teacher) == (name in FIXED), name
+
+    backbone = dino_kit.load_backbone(tmp_path / "one")
+    assert isinstance(backbone, T2TViT) and not backbone.training
+    assert cli.main(["knn", str(tmp_path / "one"), "--data_path", "digits"]) == 0
+    record = json.loads((tmp_path / "one/knn.json").read_text("utf-8"))
+    assert record["architecture"]["name"] == "t2t_vit"
+
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(picture)
+    words = ["attention", str(tmp_path / "one"), "--image_path", str(picture)]
+    assert cli.main([*words, "--image_size", "64"]) == 0
+    with np.load(tmp_path / "one/attention/picture/patches.npz") as arrays:
+        assert arrays["attention"].shape == (2, 4, 4)
+    assert cli.main(["report", str(tmp_path / "one")]) == 0
+
+
+def test_it_is_resumed_bit_for_bit(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 7)
+        train("digits", tmp_path / "parts", *FLAGS, "--save_every_steps", 5)
+    for name in ("parts", "whole"):
+        assert train("digits", tmp_path / name, *FLAGS) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -53,9 +53,10 @@ from torch import Tensor, nn
 from dino_kit.backbones import vit
 from dino_kit.backbones.layers import check_sizes, run_block
 from dino_kit.backbones.products import Linear
+from dino_kit.config.architectures import T2T
 from dino_kit.errors import UserError
 
-PATCH_SIZE = 4 * 2 * 2  # the strides of the three soft splits
+_PATCH_SIZE = T2T.patch_size  # 4 · 2 · 2, the strides of the soft splits
 _FIRST_SPLIT = {"kernel_size": 7, "stride": 4, "padding": 2}
 _LATER_SPLIT = {"kernel_size": 3, "stride": 2, "padding": 1}
 _EPSILON = 1e-8  # beside the sum that attention is divided by
@@ -102,7 +103,7 @@ class T2TViT(vit.ClassTokenTransformer):
         check_sizes(
             drop_path_rate,
             image_size=image_size,
-            patch_size=PATCH_SIZE,
+            patch_size=_PATCH_SIZE,
             in_chans=in_chans,
             embed_dim=embed_dim,
             depth=depth,
@@ -118,7 +119,7 @@ class T2TViT(vit.ClassTokenTransformer):
             TokensToToken(in_chans, token_dim, embed_dim, norm_eps),
             [vit.Block(embed_dim, num_heads, hidden, False, norm_eps) for _ in range(depth)],
             image_size=image_size,
-            patch_size=PATCH_SIZE,
+            patch_size=_PATCH_SIZE,
             in_chans=in_chans,
             embed_dim=embed_dim,
             num_heads=num_heads,
