@@ -129,11 +129,11 @@ def test_a_soft_split_lists_what_surrounds_a_place():
     network.attention1.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     network.attention2.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     network.project.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    pictures = images(32, 48)
-    assert network(pictures).shape == (2, 6, 24)
+    batch = images(32, 48)
+    assert network(batch).shape == (2, 6, 24)
     first, second, third = seen
     assert first.shape == (2, 8 * 12, 49 * 3)
-    assert torch.equal(first[:, 12 + 2], pictures[:, :, 2:9, 6:13].flatten(1))
+    assert torch.equal(first[:, 12 + 2], batch[:, :, 2:9, 6:13].flatten(1))
     assert not first[:, 0].unflatten(1, (3, 7, 7))[:, :, :2].any()
     # Place (1, 1) of 4 × 6: rows 1 to 3, columns 1 to 3 of the 8 × 12 before.
     before = network.attention1(first).unflatten(1, (8, 12))
@@ -154,13 +154,13 @@ def test_positions_are_sines_and_cosines_of_the_patches_numbers():
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (48, 16), (64, 80)])
 def test_any_size_that_is_a_multiple_of_16(size):
-    network, pictures = tiny().eval(), images(*size)
-    features = network.forward_features(pictures)
+    network, batch = tiny().eval(), images(*size)
+    features = network.forward_features(batch)
     grid = (size[0] // 16, size[1] // 16)
     assert features.grid == grid and features.patches.shape == (2, grid[0] * grid[1], 24)
-    torch.testing.assert_close(features.pooled, network(pictures))
+    torch.testing.assert_close(features.pooled, network(batch))
     tokens = 1 + grid[0] * grid[1]
-    maps = network.get_last_selfattention(pictures)
+    maps = network.get_last_selfattention(batch)
     assert maps.shape == (2, 3, tokens, tokens)
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, tokens))
 
@@ -320,11 +320,11 @@ def test_numbers_of_parameters_and_of_multiplications(name, millions, multiplica
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with torch.device("meta"):
         network = create_backbone(name)
-        pictures = torch.empty(1, 3, 224, 224)
+        batch = torch.empty(1, 3, 224, 224)
     count = sum(p.numel() for p in network.parameters()) + 1000 * (network.embed_dim + 1)
     assert count / 1e6 == pytest.approx(millions, rel=0.01)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.forward_features(pictures)
+        network.forward_features(batch)
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiplications, rel=0.1)
 
 
