@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino_kit import files
 from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
-from dino_kit.backbones.recognition import some
+from dino_kit.backbones.tensor_sizes import some
 from dino_kit.config.pixels import AUTO, check_normalize, check_value_range
 from dino_kit.data.augment import eval_sizes
 from dino_kit.data.pixels import RGB, Pixels

@@ -12,6 +12,7 @@ from torch import nn
 from dino_kit.backbones.cswin import CSWin
 from dino_kit.backbones.deepvit import DeepViT
 from dino_kit.backbones.resmlp import ResMLP
+from dino_kit.backbones.t2t import T2TViT
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.fields import nearest
@@ -28,6 +29,8 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         for name, sizes in architectures.DEEPVIT_SIZES.items()
     },
     architectures.FREE_DEEPVIT: (DeepViT, {}),
+    **{name: (T2TViT, sizes) for name, sizes in architectures.T2T_SIZES.items()},
+    architectures.FREE_T2T: (T2TViT, {}),
     **{name: (CSWin, sizes) for name, sizes in architectures.CSWIN_SIZES.items()},
     architectures.FREE_CSWIN: (CSWin, {}),
 }
@@ -40,13 +43,14 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
 
     ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
     ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``,
-    ``cswin_tiny``, ``cswin_small``, ``cswin_base``, ``cswin_large``; or ``vit`` or ``deepvit``,
-    which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``, which needs ``embed_dim``
-    and ``depth``, or ``cswin``, which needs ``embed_dim``; or a model of a library as
-    ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``.
-    ``options`` are ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or
-    arguments of :class:`~dino_kit.backbones.vit.VisionTransformer`,
-    :class:`~dino_kit.backbones.resmlp.ResMLP`, :class:`~dino_kit.backbones.deepvit.DeepViT` or
+    ``t2t_vit_7``, ``_10``, ``_12``, ``_14``, ``_19`` or ``_24``, ``cswin_tiny``, ``cswin_small``,
+    ``cswin_base``, ``cswin_large``; or ``vit``, ``deepvit`` or ``t2t_vit``, which need ``embed_dim``,
+    ``depth`` and ``num_heads``, ``resmlp``, which needs ``embed_dim`` and ``depth``, or ``cswin``,
+    which needs ``embed_dim``; or a model of a library as ``timm:NAME``, ``torchvision:NAME``,
+    ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are ``image_size``, ``in_chans``,
+    ``drop_path_rate`` and the library's own, or arguments of
+    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP`,
+    :class:`~dino_kit.backbones.deepvit.DeepViT`, :class:`~dino_kit.backbones.t2t.T2TViT` or
     :class:`~dino_kit.backbones.cswin.CSWin`, and go before the sizes of the name.
 
     Raises:

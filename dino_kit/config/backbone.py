@@ -18,16 +18,19 @@ class Backbone:
     arch: str = option(
         "vit_small",
         "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, cswin_tiny, cswin_small, "
-        "cswin_base, cswin_large, or vit, resmlp, deepvit or cswin with the sizes given below; or a model of a library as timm:NAME, torchvision:NAME, hf:FOLDER (a "
-        "configuration of transformers) or python:PACKAGE.MODULE:CALLABLE. The reference's names are "
-        "understood, too: deit_small is vit_small, and resnet50 is torchvision:resnet50.",
+        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, t2t_vit_7, t2t_vit_10, "
+        "t2t_vit_12, t2t_vit_14, t2t_vit_19, t2t_vit_24, cswin_tiny, cswin_small, cswin_base, "
+        "cswin_large, or vit, resmlp, deepvit, t2t_vit or cswin with the sizes given below; or a model "
+        "of a library as timm:NAME, torchvision:NAME, hf:FOLDER (a configuration of transformers) or "
+        "python:PACKAGE.MODULE:CALLABLE. The reference's names are understood, too: deit_small is "
+        "vit_small, and resnet50 is torchvision:resnet50.",
         then=architectures.canonical,
     )
     arch_options: tuple[str, ...] | None = option(
         None,
         "Arguments of the architecture that have no flag: words KEY=VALUE, values as in YAML, such as "
-        "num_register_tokens=4 of a ViT, or depths=[1,2,21,1] and heads=[2,4,8,16] of cswin. Of a library's model they go to the library.",
+        "num_register_tokens=4 of a ViT, or depths=[1,2,21,1] and heads=[2,4,8,16] of cswin. Of a "
+        "library's model they go to the library.",
         then=arch_options.check,
     )
     patch_size: int = option(
@@ -37,18 +40,19 @@ class Backbone:
         low=1,
     )
     embed_dim: int | None = option(
-        None, "Width of --arch vit, resmlp or deepvit, or of the first stage of cswin.", low=1,
-        nothing="by --arch",
+        None, "Width of --arch vit, resmlp, deepvit or t2t_vit, or of the first stage of cswin.",
+        low=1, nothing="by --arch",
     )
     depth: int | None = option(
-        None, "Number of blocks of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
+        None, "Number of blocks of --arch vit, resmlp, deepvit or t2t_vit.", low=1,
+        nothing="by --arch",
     )
     num_heads: int | None = option(
-        None, "Attention heads of --arch vit or deepvit.", low=1, nothing="by --arch"
+        None, "Attention heads of --arch vit, deepvit or t2t_vit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit, resmlp, deepvit or cswin.", above=0, high=100,
-        nothing="4; 3 of a DeepViT",
+        None, "Width of the MLP over that of --arch vit, resmlp, deepvit, t2t_vit or cswin.", above=0,
+        high=100, nothing="4; 3 of a DeepViT or T2T-ViT",
     )
     reattention_blocks: int | None = option(
         None, "Blocks of --arch deepvit, the last ones, that have Re-Attention.", low=1,
