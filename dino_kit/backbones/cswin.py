@@ -14,7 +14,8 @@ a cross. Of a stripe X^m, and of stripes X^1 … X^M side by side:
     CSWin-Attention(X) = Concat(head_1, …, head_h) W^O
 
 (The paper writes the horizontal ones first, the code and its weights have them last.) On n × m tokens,
-D wide, that takes n·m·D (4D + sw·n + sw·m) multiplications, projections included. LePE, the enhanced positional encoding (section 3.3), is where tokens learn of places: a convolution, 3 × 3, of
+D wide, that takes n·m·D (4D + sw·n + sw·m) multiplications, projections included. LePE, the locally
+enhanced positional encoding (section 3.3), is where tokens learn of places: a convolution, 3 × 3, of
 each channel of V by itself, within the stripe, zero around it. It is of no size, so images of any are
 met without interpolation. A block is a ViT's (section 3.4):
 
@@ -31,12 +32,12 @@ The network (section 3.1): each stage begins with a convolution, then a LayerNor
 
 Stripes widen where tokens are fewer; for images of 384 pixels the authors have 12 in the place of 7.
 
-Multi-crop and larger pictures bring grids that no such width divides. A stripe is always as
-long as the grid. As in the authors' code for dense prediction, the stripes lie centred over the grid,
-and the outer two stand out equally far, to a token. There what stands out is filled with zeros, whose
-scores of 0 take attention from the tokens: the more, the more stands out, which a student would see
-in its local crops and not in its global ones. Here a stripe is what of it lies on the grid
-(:func:`stripe_widths`). Where widths divide the grid, and in LePE, both are the same.
+Multi-crop and larger pictures bring grids that no such width divides. A stripe is always as long as
+the grid. As in the authors' code for dense prediction, stripes lie centred over the grid, and the outer
+two stand out equally far, to a token. There what stands out is filled with zeros, whose scores of 0
+take attention from the tokens, the more the more stands out: a student's local crops would be seen
+otherwise than its global ones. Here a stripe is what of it lies on the grid (:func:`stripe_widths`).
+Where widths divide the grid, and in LePE, both are the same.
 
 Legend: B batch, C channels, H and W pixels, D width of the first stage, N = n·m tokens of a stage on
 its grid, h heads, d width of a head, sw width of a stripe, L residual branches.
