@@ -28,6 +28,18 @@ def test_published_numbers_of_parameters(name, millions):
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize("patch_size", [8, 14, 16, 32])
+@pytest.mark.parametrize(
+    ("name", "millions", "hidden"), [("vit_huge", 631, 5120), ("vit_giant", 1840, 8192)]
+)
+def test_published_numbers_of_parameters_of_the_largest(name, millions, hidden, patch_size):
+    with torch.device("meta"):
+        network = create_backbone(name, patch_size=patch_size)
+    assert network.image_size % patch_size == 0 and network.patch_size == patch_size
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert {block.mlp.fc1.out_features for block in network.blocks} == {hidden}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "millions", "scale"),
     [

@@ -383,6 +383,21 @@ def test_every_named_architecture_is_known_by_its_tensors_alone(name):
         recognize(state, {}, None, {**given, "depth": 5}, "it")
 
 
+def test_a_network_with_another_mlp_than_the_giant_s_is_no_giant():
+    with torch.device("meta"):
+        state = create_backbone("vit_giant", patch_size=8, image_size=16, mlp_ratio=4).state_dict()
+    given = dict.fromkeys(
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    )
+    found = recognize(state, {}, None, {**given, "num_heads": 16}, "it")
+    assert (found.name, found.options["mlp_ratio"]) == ("vit", 4)
+    with pytest.raises(UserError, match="vit_giant has mlp_ratio 4.92308, and the .* mlp_ratio 4; "):
+        recognize(state, {}, "vit_giant", given, "it")
+    said = {"arch": "vit_giant"}
+    with pytest.raises(UserError, match="but vit_giant has mlp_ratio 4.92308; give --num_heads"):
+        recognize(state, said, None, given, "it")
+
+
 def test_golden_resmlp_is_read_from_its_tensors(golden, tmp_path):
     arrays = golden("resmlp")
     state = {
