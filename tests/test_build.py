@@ -104,7 +104,10 @@ def test_every_backbone_keeps_the_interface(name, size):
     assert isinstance(network, HasSelfAttention | HasTokenMixing | HasReAttention)
     if isinstance(network, HasSelfAttention):
         tokens = prefix + patches
-        assert network.get_last_selfattention(images).shape == (2, 2, tokens, tokens)
+        last = network.get_last_selfattention(images)
+        assert network.depth == 2 and last.shape == (2, 2, tokens, tokens)
+        torch.testing.assert_close(network.get_selfattention(images, -1), last)
+        assert network.get_selfattention(images, 0).shape == last.shape
     if isinstance(network, HasReAttention):
         tokens = prefix + patches
         assert network.get_last_reattention(images).shape == (2, 2, tokens, tokens)
@@ -128,6 +131,19 @@ def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
     assert not torch.allclose(dropped[0], network(images)[0], atol=1e-3)
     dropped.square().sum().backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+def test_a_vision_transformer_takes_registers_and_layer_scale():
+    network = small("vit_tiny", num_register_tokens=4, layer_scale=1e-5)
+    images = torch.randn(2, 3, 16, 24)
+    assert network.num_prefix_tokens == 5
+    assert network.forward_features(images).patches.shape == (2, 6, 24)
+    assert network.get_last_selfattention(images).shape == (2, 2, 11, 11)
+    (layer,) = network.get_intermediate_layers(images)
+    assert layer.shape == (2, 11, 24)
+    torch.testing.assert_close(network(images), layer[:, 0])
+    with pytest.raises(UserError, match="deepvit has no option 'num_register_tokens'"):
+        create_backbone("deepvit", **SIZES, num_register_tokens=4)
 
 
 def test_options_go_before_the_sizes_of_the_name():

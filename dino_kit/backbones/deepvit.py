@@ -137,7 +137,7 @@ class DeepViT(vit.ClassTokenTransformer):
 
         They have a sign, and their rows do not sum to 1.
         """
-        return self._last_maps(images)
+        return self._maps(images, -1)
 
     def _patches(self, images: Tensor) -> Tensor:
         # At half the image's size its convolutions hold as much as several blocks.
