@@ -71,9 +71,9 @@ def rollout(image: Image.Image, values: np.ndarray) -> Part:
     ``rollout.png`` (raw), ``overlay-rollout.png`` (on the image); ``rollout`` (h, w), from 0.
     """
     sentence = (
-        "Rollout: from where the class token has come through all blocks, were each to keep half of "
-        "a token and to take the other half as its heads attend on average; brighter is more. n×: "
-        "the brightest has n times the average."
+        "Rollout: how much of the class token has come from each patch after all blocks, if each "
+        "keeps one half of every token and fills the other by its heads' mean attention; brighter "
+        "is more. n×: the brightest has n times the average."
     )
     return _single("rollout", image, values, figures.peak(values), sentence)
 

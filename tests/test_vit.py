@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 
 from dino_kit.backbones import attention
@@ -91,6 +92,24 @@ def test_it_is_what_the_interface_says():
     assert (network.embed_dim, network.patch_size, network.num_prefix_tokens) == (24, 4, 1)
     assert (network.depth, network.num_heads) == (3, 2)
     assert isinstance(tiny(**RICH), HasSelfAttention) and tiny(**RICH).num_prefix_tokens == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers, scale", [(0, None), (4, None), (0, 0.3), (4, 0.3)])
+def test_it_is_what_timm_computes(registers, scale):
+    network = tiny(num_register_tokens=registers, layer_scale=scale)
+    network.pos_embed[:, :1] = 0  # which timm, as those who use registers, leaves out
+    state = {key.replace("register_tokens", "reg_token"): v for key, v in network.state_dict().items()}
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    other = timm.models.VisionTransformer(
+        16, 4, num_classes=0, global_pool="token", embed_dim=24, depth=3, num_heads=2,
+        init_values=scale, reg_tokens=registers, no_embed_class=True,
+    ).eval()  # fmt: skip
+    other.load_state_dict(state)
+    images = torch.randn(2, 3, 16, 16)
+    (last,) = network.get_intermediate_layers(images)
+    torch.testing.assert_close(last, other.forward_features(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(images), other(images), rtol=1e-5, atol=1e-5)
 
 
 def test_registers_follow_the_class_token_and_have_no_position():
