@@ -218,6 +218,8 @@ def test_it_is_what_the_interface_says():
     assert not is_made_for_one_size(network) and not hasattr(network, "get_last_selfattention")
     with pytest.raises(UserError, match="^CSWin has no self-attention .*--maps similarity shows"):
         require_attention(network)
+    with pytest.raises(UserError, match="^CSWin has no self-attention .*--maps similarity shows"):
+        network.get_last_selfattention(images())
     assert network.no_weight_decay() == set()
 
 

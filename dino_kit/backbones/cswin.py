@@ -55,6 +55,7 @@ from dino_kit.backbones.attention import attention
 from dino_kit.backbones.grids import Grid
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import Mlp, check_sizes, init_linear_layers, patch_grid, run_block
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.backbones.products import Linear
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
 from dino_kit.errors import UserError
@@ -62,7 +63,7 @@ from dino_kit.errors import UserError
 _ROWS, _COLUMNS = 1, 2  # axes of (B, n, m, …)
 
 
-class CSWin(nn.Module):
+class CSWin(WithoutSelfAttention):
     """Images ``(B, C, H, W)``, sides multiples of 32, to their features ``(B, 8D)``.
 
     As with every backbone, the attribute ``embed_dim`` is the width of the feature, 8D; the argument

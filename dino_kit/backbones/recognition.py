@@ -168,7 +168,7 @@ def _compare(
 ) -> None:
     """Hold sizes that are given, or said by the file, against the tensors."""
     for name in (name for name in given if name in sizes):
-        shown = f"{sizes[name]:g}" if name == "mlp_ratio" else sizes[name]
+        shown = _shown(sizes[name])
         if given[name] is not None:
             if not _same(name, given[name], sizes):
                 raise UserError(
@@ -190,6 +190,10 @@ def _compare(
                 f"--{name} {given[name]} contradicts {path}, which is {family.title} and has no "
                 "use for it."
             )
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _same(name: str, value: Any, sizes: dict[str, Any]) -> bool:
@@ -224,17 +228,18 @@ def _named(
 def _others(name: str, sizes: dict[str, Any], family: Family) -> list[str]:
     """Which of the sizes that go by ``name``, and that show, the tensors have otherwise."""
     table = family.sizes.get(name, {})
-    return [size for size in table if size in sizes and table[size] != sizes[size]]
+    return [size for size in table if size in sizes and not _same(size, table[size], sizes)]
 
 
 def _says(name: str, other: Iterable[str], family: Family) -> str:
-    return f"{name} has {', '.join(f'{size} {family.sizes[name][size]}' for size in other)}"
+    table = family.sizes[name]
+    return f"{name} has {', '.join(f'{size} {_shown(table[size])}' for size in other)}"
 
 
 def _shape(sizes: dict[str, Any], other: Iterable[str] = ()) -> str:
     own = (size for size in ("embed_dim", "depth", "depths") if size in sizes)
     shown = dict.fromkeys((*own, *other))
-    return f"tensors have {' and '.join(f'{size} {sizes[size]}' for size in shown)}"
+    return f"tensors have {' and '.join(f'{size} {_shown(sizes[size])}' for size in shown)}"
 
 
 def _heads(

@@ -46,6 +46,11 @@ def _vit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     _require("vision transformer and no ResMLP", {"pos_embed": 3}, state, path)
     sizes = _patch_sizes("vision transformer", state, path)
     sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
+    if "register_tokens" in state:
+        _require("vision transformer with registers", {"register_tokens": 3}, state, path)
+        sizes["num_register_tokens"] = state["register_tokens"].shape[1]
+    if "blocks.0.ls1.gamma" in state:
+        sizes["layer_scale"] = 1.0  # what it was at first does not show, nor matter any more
     return {**sizes, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
 
 
