@@ -81,7 +81,9 @@ def test_a_published_command_line_is_understood(line):
 
 def test_a_published_command_line_means_what_it_meant():
     resnet = parse(REFERENCE["resnet"])
-    assert (resnet.arch, resnet.optimizer, resnet.lr) == ("resnet50", "sgd", 0.03)
+    assert (resnet.arch, resnet.optimizer, resnet.lr) == (
+        "torchvision:resnet50", "sgd", 0.03
+    )
     assert (resnet.global_crops_scale, resnet.local_crops_scale) == ((0.14, 1), (0.05, 0.14))
     full = parse(REFERENCE["every flag"])
     assert (full.arch, full.norm_last_layer, full.use_bn_in_head) == ("vit_small", False, True)
@@ -271,7 +273,7 @@ def test_help_and_errors_do_not_import_torch():
         (["train", "--help"], 0),
         (["train", "--lr", "x"], 2),
         (["train", "vits8"], 2),
-        (["train", "--arch", "resnet50", "--data_path", "x", "--output_dir", "y"], 2),
+        (["train", "--arch", "resnet-50", "--data_path", "x", "--output_dir", "y"], 2),
         (["train", "vits8", "--use_fp16", "1", "--precision", "bf16"], 2),
         (["knn", "--zzz"], 2),
         (["config", "vits8"], 0),
@@ -425,7 +427,7 @@ def test_config_prints_a_recipe_that_reads_back_to_the_same(capsys, tmp_path):
     again = parse(f"train {tmp_path}/mine.yaml {PATHS}")
     assert again == parse(f"train vits8 --epochs 3 --blur_prob 0 {PATHS}")
     assert cli.main(["config", "--arch", "resnet50"]) == 0
-    assert "arch: resnet50\n" in capsys.readouterr().out
+    assert "arch: torchvision:resnet50\n" in capsys.readouterr().out
 
 
 def test_config_shows_what_differs(capsys, tmp_path):

@@ -488,3 +488,20 @@ def test_loading_a_resmlp_is_strict(tmp_path, change, message):
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "bare.pth")
+
+
+def test_what_shows_in_no_tensor_is_read_from_what_the_file_says(tmp_path):
+    network = create_backbone("vit", **SIZES, norm_eps=0.5)
+    config = {"arch": "vit", "arch_options": ["norm_eps=0.5"], **SIZES}
+    content = {"teacher": network.state_dict(), "config": config}
+    torch.save(content, tmp_path / "a.pth")
+    loaded = load(tmp_path / "a.pth")
+    assert loaded.backbone.norm.eps == 0.5 and loaded.architecture["norm_eps"] == 0.5
+    assert load(tmp_path / "a.pth", arch_options=("norm_eps=0.5",)).architecture["norm_eps"] == 0.5
+    with pytest.raises(UserError, match="--arch_options norm_eps=0.1 contradicts .* norm_eps 0.5"):
+        load(tmp_path / "a.pth", arch_options=("norm_eps=0.1",))
+    with pytest.raises(UserError, match="vit has no option 'norm_ep'.* did you mean norm_eps"):
+        load(tmp_path / "a.pth", arch_options=("norm_ep=0.1",))
+    torch.save({**content, "config": {**config, "arch_options": 3}}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="says of itself cannot be read: its arch_options are 3"):
+        load(tmp_path / "b.pth")

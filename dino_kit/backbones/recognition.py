@@ -2,8 +2,9 @@
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
 caller says, is held against it, and settles what does not show: a ViT's or T2T-ViT's number of heads,
-how a ResMLP meets other grids of patches than its own, the scale of a DeepViT's maps, and the heads
-and stripes of a CSWin Transformer. A model of a library is what the file or the caller calls it.
+how a ResMLP meets other grids of patches than its own, the scale of a DeepViT's maps, the heads and
+stripes of a CSWin Transformer, and epsilons and the like. A model of a library is what the file or
+the caller calls it.
 """
 
 from __future__ import annotations
@@ -66,10 +67,9 @@ def recognize(
         sizes.pop("patch_size", None)
     if family is architectures.RESMLP:
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
-    elif family is architectures.CSWIN:
-        sizes |= _cswin_options(name, fits, given, said, sizes, path)
     elif family is architectures.DEEPVIT:
         sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
+    sizes |= _unseen_options(name, fits, given, said, sizes, family, path)
     return Architecture(name if fits else family.free, family.free, sizes)
 
 
@@ -113,13 +113,19 @@ def _library_options(
             f"{path} is of a library's model, which has no use for {' and '.join(useless)}; what it "
             "takes is given by --arch_options."
         )
+    saved = _pairs(said, path)
+    options = arch_options.pairs(given["arch_options"]) or saved
+    if saved and options != saved:
+        raise UserError(
+            f"--arch_options {' '.join(given['arch_options'])} contradicts {path}, which says "
+            f"{' '.join(said['arch_options'])}."
+        )
     in_chans = _agreed("in_chans", given, said, path)
-    words = _agreed("arch_options", given, said, path)
     size = said.get("global_crops_size")
     return {
         **({} if size is None else {"image_size": size}),
         "in_chans": 3 if in_chans is None else in_chans,
-        **arch_options.pairs(words),
+        **options,
     }
 
 
@@ -179,10 +185,6 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
-    if given.get("arch_options") is not None and family is not architectures.CSWIN:
-        raise UserError(
-            f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
-        )
     for name in given:
         known = (*sizes, *family.needed, *family.settings, "arch_options")
         if given[name] is not None and name not in known:
@@ -276,35 +278,47 @@ def _heads(
     return heads
 
 
-def _cswin_options(
+def _unseen_options(
     name: str,
     fits: bool,
     given: Mapping[str, Any],
     said: Mapping[str, Any],
     sizes: Mapping[str, Any],
+    family: Family,
     path: Path,
 ) -> dict[str, Any]:
-    """Arguments that show in no tensor: as given or said, else as they go by the name."""
-    saved, own = (arch_options.pairs(words.get("arch_options")) for words in (said, given))
+    """Arguments without a flag that show in no tensor: as given or said, else by the name."""
+    saved, own = _pairs(said, path), arch_options.pairs(given.get("arch_options"))
     for key, value in own.items():
-        known = {**saved, **sizes}
+        known = {**sizes, **saved}
         if known.get(key, value) != value:
             raise UserError(
                 f"--arch_options {key}={value} contradicts {path}, which has {key} {known[key]}."
             )
-    table = architectures.CSWIN.sizes.get(name, {}) if fits else {}
-    if said.get("arch"):
-        # A run that does not say a size had its name's; cswin alone has those of the tiny one.
-        table = architectures.CSWIN.sizes.get(name, architectures.CSWIN.sizes["cswin_tiny"])
-    found = {**{size: table[size] for size in _CSWIN_UNSEEN if table}, **saved, **own}
+    table = {}
+    if family is architectures.CSWIN:
+        table = family.sizes.get(name, {}) if fits else {}
+        if said.get("arch"):
+            # A run that does not say a size had its name's; cswin alone has those of the tiny one.
+            table = family.sizes.get(name, family.sizes["cswin_tiny"])
+        table = {size: table[size] for size in _CSWIN_UNSEEN if table}
+    found = {**table, **saved, **own}
     missing = [size for size in _CSWIN_UNSEEN if size not in found]
-    if missing:
+    if missing and family is architectures.CSWIN:
         raise UserError(
             f"The {' and '.join(missing)} of {path} are not known: its tensors have embed_dim "
             f"{sizes['embed_dim']} and depths {sizes['depths']}, which go by no name; give "
             f"--arch_options {' '.join(f'{size}=[…]' for size in missing)}."
         )
     return {size: value for size, value in found.items() if size not in sizes}
+
+
+def _pairs(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The ``arch_options`` that a file says it was written with."""
+    words = said.get("arch_options") or []
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"What {path} says of itself cannot be read: its arch_options are {words!r}.")
+    return arch_options.pairs(words)
 
 
 def _agreed(
