@@ -1,10 +1,29 @@
 """The vision transformer, with published names of its weights.
 
-Source: Dosovitskiy et al. 2021, in the form that DINO trains: bias on qkv, LayerNorm epsilon 1e-6,
-stochastic depth, the normalised class token as output. Two options are those of DINOv2's published
-weights, and off in DINO's: register tokens (Darcet et al. 2024, "Vision transformers need
-registers"), which hold what the network would else note down in patches, and LayerScale (Touvron et
-al. 2021, "Going deeper with image transformers").
+Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv:2010.11929), in the form that
+DINO trains: bias on qkv, LayerNorm epsilon 1e-6, stochastic depth, the normalised class token as
+output.
+
+An image is cut into patches of p × p pixels, and each is mapped linearly to a token. A class token,
+learnt and the same for every image, goes before them; positions, learnt for one grid, are added:
+
+    x = [class; patches W + b] + positions                             (B, T, D)
+
+Blocks let tokens see each other and then think by themselves, each on what LayerNorm (LN) makes of
+the tokens, and added to them:
+
+    Q, K, V = LN(x) W + b, cut into h heads                            (B, h, T, d) each
+    A = softmax(Q Kᵀ / √d)                                             (B, h, T, T), rows sum to 1
+    x ← x + concat(A V) W + b
+    x ← x + GELU(LN(x) W₁ + b₁) W₂ + b₂
+
+The feature is LN(x) of the class token after the last block. A, which no forward pass keeps, is what
+``get_selfattention`` computes of one block.
+
+Two options are those of DINOv2's published weights, and off in DINO's: register tokens (Darcet et al.
+2024, "Vision transformers need registers"), which hold what the network would else note down in
+patches, and LayerScale (Touvron et al. 2021, "Going deeper with image transformers"), a learnt factor
+for each channel of what a branch adds.
 
 Legend: B batch, C channels, H and W pixels, N patches, R registers, T = P+N tokens (P = 1+R, the
 class token and then the registers), D width, h heads, d = D/h, L = 2 * depth residual branches.
