@@ -56,10 +56,14 @@ def test_the_table_builds_what_the_configuration_calls_buildable():
 
 def small(name: str, **options):
     """The architecture of that name, two blocks deep, with weights that are not its first."""
+    family = architectures.family_of(name)
     own = {} if "resmlp" in name else {"num_heads": 2}
     if "deepvit" in name:
         own["reattention_blocks"] = 1
-    sizes = {"embed_dim": 24, "depth": 2, "image_size": 32, "patch_size": 8, **own}
+    if family.takes_patch_size:
+        own["patch_size"] = 8
+    image_size = 4 * (family.patch_size or 8)
+    sizes = {"embed_dim": 24, "depth": 2, "image_size": image_size, **own}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = create_backbone(name, **{**sizes, **options})
@@ -69,13 +73,12 @@ def small(name: str, **options):
     return network
 
 
-@pytest.mark.parametrize("size", [(32, 32), (32, 16), (8, 8), (40, 64)])
+@pytest.mark.parametrize("grid", [(4, 4), (4, 2), (1, 1), (5, 8)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_keeps_the_interface(name, size):
+def test_every_backbone_keeps_the_interface(name, grid):
     network = small(name)
     assert isinstance(network, Backbone)
-    images = torch.randn(2, 3, *size)
-    grid = (size[0] // 8, size[1] // 8)
+    images = torch.randn(2, 3, *(side * network.patch_size for side in grid))
     patches = grid[0] * grid[1]
     features = network.forward_features(images)
     assert network(images).shape == features.pooled.shape == (2, network.embed_dim)
@@ -100,12 +103,12 @@ def test_every_backbone_keeps_the_interface(name, size):
         assert network.get_last_mixing(features.grid).shape == (patches, patches)
 
 
-@pytest.mark.parametrize("size", [32, 16])
+@pytest.mark.parametrize("side", [4, 2])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
+def test_every_backbone_drops_the_branches_that_it_is_told_to(name, side):
     network = small(name, drop_path_rate=0.5)
     assert len(network.drop_path_rates) == 4 and network.drop_path_rates[-2:] == (0.5, 0.5)
-    images = torch.randn(3, 3, size, size)
+    images = torch.randn(3, 3, side * network.patch_size, side * network.patch_size)
     keep = torch.ones(4, 3, dtype=torch.bool)
     torch.testing.assert_close(small(name)(images, keep), small(name)(images))
     keep[:, 1] = False  # the second image passes through no block
@@ -133,7 +136,10 @@ def test_the_older_name_of_vit_small():
     ("name", "options", "said"),
     [
         ("vit_smal", {}, "vit_small"),
-        ("resnet50", {}, "vit_base"),
+        ("resnet-50", {}, "did you mean resnet50"),
+        ("torchvision:resnet5", {}, "did you mean resnet50"),
+        ("torchvision:resnet50", {"depth": 3}, "torchvision:resnet50 cannot be built so: .*depth"),
+        ("torchvision:resnet50", {"weights": "DEFAULT"}, "is about weights"),
         ("vit_tiny", {"patchsize": 8}, "in_chans.*did you mean patch_size"),
         ("vit", {}, "embed_dim, depth, num_heads missing"),
         ("vit", {"embed_dim": 24, "depth": 2}, "num_heads missing"),

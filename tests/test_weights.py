@@ -15,7 +15,7 @@ import dino_kit
 from dino_kit import files
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.recognition import recognize
-from dino_kit.config.architectures import DEEPVIT_SIZES, RESMLP_SIZES, VIT_SIZES
+from dino_kit.config.architectures import BUILDABLE, FAMILIES, VIT_SIZES, family_of
 from dino_kit.errors import UserError
 from dino_kit.weights import load, load_backbone
 
@@ -212,7 +212,7 @@ def test_an_old_name_in_the_arguments_is_understood(tmp_path):
         ({"mlp_ratio": 4.0}, r"--mlp_ratio 4.0 contradicts .* mlp_ratio 2\.5"),
         ({"num_heads": 3}, "--num_heads 3 contradicts .* of 2 heads"),
         ({"arch": "vit_small"}, "--arch vit_small contradicts .* says that it is vit"),
-        ({"arch": "resnet50"}, "does not build"),
+        ({"arch": "resnet50"}, "--arch resnet50 contradicts .* says that it is vit"),
         ({"which": "momentum"}, "no network 'momentum'; it holds student, teacher"),
     ],
 )
@@ -371,13 +371,15 @@ def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, options, prefix):
         assert torch.equal(loaded.backbone.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", [*VIT_SIZES, *RESMLP_SIZES, *DEEPVIT_SIZES])
+@pytest.mark.parametrize("name", sorted(set(BUILDABLE) - {family.free for family in FAMILIES}))
 def test_every_named_architecture_is_known_by_its_tensors_alone(name):
     with torch.device("meta"):
-        state = create_backbone(name, patch_size=8, image_size=16).state_dict()
+        own = {"patch_size": 8} if family_of(name).takes_patch_size else {}
+        state = create_backbone(name, image_size=16, **own).state_dict()
     given = dict.fromkeys(
-        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
-    )
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
+         "arch_options")
+    )  # fmt: skip
     assert recognize(state, {}, None, given, "it").name == name
     with pytest.raises(UserError, match="--depth 5 contradicts it"):
         recognize(state, {}, None, {**given, "depth": 5}, "it")

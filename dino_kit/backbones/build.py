@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from dino_kit.backbones.deepvit import DeepViT
 from dino_kit.backbones.resmlp import ResMLP
+from dino_kit.backbones.t2t import T2TViT
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.fields import nearest
@@ -28,6 +28,8 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         for name, sizes in architectures.DEEPVIT_SIZES.items()
     },
     architectures.FREE_DEEPVIT: (DeepViT, {}),
+    **{name: (T2TViT, sizes) for name, sizes in architectures.T2T_SIZES.items()},
+    architectures.FREE_T2T: (T2TViT, {}),
 }
 # By its depth it would be 1e-5; the published code begins wider networks lower.
 BACKBONES["resmlp_b24"][1]["init_scale"] = 1e-6
@@ -37,13 +39,14 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     """A backbone with fresh weights, as :class:`~dino_kit.backbones.interface.Backbone` describes.
 
     ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
-    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``; or
-    ``vit`` or ``deepvit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``,
-    which needs ``embed_dim`` and ``depth``; or a model of a library as ``timm:NAME``,
+    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``,
+    ``t2t_vit_7``, ``_10``, ``_12``, ``_14``, ``_19`` or ``_24``; or ``vit``, ``deepvit`` or
+    ``t2t_vit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``, which needs
+    ``embed_dim`` and ``depth``; or a model of a library as ``timm:NAME``,
     ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are
     ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or arguments of
-    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP` or
-    :class:`~dino_kit.backbones.deepvit.DeepViT`, and go before the sizes of the name.
+    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP`,
+    :class:`~dino_kit.backbones.deepvit.DeepViT` or :class:`~dino_kit.backbones.t2t.T2TViT`, and go before the sizes of the name.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.
@@ -76,11 +79,13 @@ def require_sizes(backbone: nn.Module, sizes: Sequence[int], way_out: str = "") 
 
 
 def _library(name: str) -> ModuleType:
-    """The module that builds a library's models; imported when it is asked for."""
-    modules = {
-        "timm": "timm_models",
-        "torchvision": "torchvision_models",
-        "hf": "transformers_models",
-        "python": "own_callable",
-    }
-    return import_module(f"dino_kit.backbones.libraries.{modules[name]}")
+    """What builds a library's models; imported when it is asked for."""
+    if name == "timm":
+        from dino_kit.backbones.libraries import timm_models as library
+    elif name == "torchvision":
+        from dino_kit.backbones.libraries import torchvision_models as library
+    elif name == "hf":
+        from dino_kit.backbones.libraries import transformers_models as library
+    else:
+        from dino_kit.backbones.libraries import own_callable as library
+    return library

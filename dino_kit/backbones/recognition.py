@@ -1,9 +1,9 @@
 """Which architecture a backbone's tensors are of.
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
-caller says, is held against it, and settles what does not show: a ViT's number of heads, how a
-ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps. A model of a
-library is what the file or the caller calls it.
+caller says, is held against it, and settles what does not show: a ViT's or
+T2T-ViT's number of heads, how a ResMLP meets other grids of patches than its own, and the scale of
+a DeepViT's maps. A model of a library is what the file or the caller calls it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.architectures import Family
 from dino_kit.errors import UserError
+
+_T2T = "tokens_to_token."  # what the tensors of a T2T-ViT's first part begin with
 
 
 class Architecture(NamedTuple):
@@ -56,11 +58,13 @@ def recognize(
     _compare(given, said, sizes, family, path)
     by_flag = arch not in (None, family.free)
     name, fits = _named(name, by_flag, given, sizes, family, path)
-    if family is architectures.VIT:
-        sizes["num_heads"] = _heads(name, fits, given, said, sizes, path)
-    elif family is architectures.RESMLP:
+    if "num_heads" in family.needed and "num_heads" not in sizes:
+        sizes["num_heads"] = _heads(name, fits, given, said, sizes, family, path)
+    if not family.takes_patch_size:
+        del sizes["patch_size"]
+    if family is architectures.RESMLP:
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
-    else:
+    elif family is architectures.DEEPVIT:
         sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
     return Architecture(name if fits else family.free, family.free, sizes)
 
@@ -73,11 +77,12 @@ def _library(said: Mapping[str, Any], arch: str | None, path: Path) -> str | Non
     """
     saved = _canonical(said, path)
     given = None if arch is None else architectures.canonical(arch)
-    if saved is not None and given not in (None, saved) and _is_library(saved):
+    libraries = [name for name in (saved, given) if name is not None and _is_library(name)]
+    if libraries and None not in (saved, given) and given != saved:
         raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
-    name = given or saved
-    if name is None or not _is_library(name):
+    if not libraries:
         return None
+    name = libraries[0]
     if name.startswith("python:") and given is None:
         # A file must not choose which code is run.
         raise UserError(
@@ -124,6 +129,8 @@ def some(names: Iterable[Any]) -> str:
 def _family(state: Mapping[str, Any]) -> Family:
     if "blocks.0.attn.weight" in state:
         return architectures.RESMLP
+    if any(name.startswith(_T2T) for name in state):
+        return architectures.T2T
     return architectures.DEEPVIT if _mixing_matrices(state) else architectures.VIT
 
 
@@ -162,10 +169,26 @@ def _resmlp_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {**sizes, "image_size": side * sizes["patch_size"]}
 
 
+def _t2t_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Every size of a T2T-ViT that shows in its tensors."""
+    features, norm = f"{_T2T}attention1.w", f"{_T2T}attention1.norm1.weight"
+    needed = {features: 2, norm: 1, f"{_T2T}project.weight": 2, "pos_embed": 3}
+    _require("T2T-ViT with Performers", needed, state, path)
+    patch_size = architectures.T2T.patch_size
+    return {
+        "patch_size": patch_size,
+        "in_chans": len(state[norm]) // 7**2,  # of pixels in the first soft split
+        **_block_sizes("T2T-ViT", len(state[f"{_T2T}project.weight"]), state, path),
+        "token_dim": state[features].shape[1],
+        "image_size": _positions_side(state, path) * patch_size,
+    }
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
     architectures.FREE_VIT: _vit_sizes,
     architectures.FREE_RESMLP: _resmlp_sizes,
     architectures.FREE_DEEPVIT: _deepvit_sizes,
+    architectures.FREE_T2T: _t2t_sizes,
 }
 
 
@@ -183,14 +206,24 @@ def _require(
 
 def _patch_sizes(kind: str, state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Sizes that every network of patches and blocks shows alike."""
-    _require(kind, {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}, state, path)
+    _require(kind, {"patch_embed.proj.weight": 4}, state, path)
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    return {
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        **_block_sizes(kind, embed_dim, state, path),
+    }
+
+
+def _block_sizes(
+    kind: str, embed_dim: int, state: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """The width, and what blocks show alike."""
+    _require(kind, {"blocks.0.mlp.fc1.weight": 2}, state, path)
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     ratio = hidden / embed_dim
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
-        "patch_size": patch_size,
-        "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": len(blocks),
         # Half a unit more where rounding would lose one.
@@ -266,7 +299,7 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
-    if given["arch_options"] is not None:
+    if given.get("arch_options") is not None:
         raise UserError(
             f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
         )
@@ -328,13 +361,14 @@ def _heads(
     given: Mapping[str, Any],
     said: Mapping[str, Any],
     sizes: dict[str, Any],
+    family: Family,
     path: Path,
 ) -> int:
     """The number of heads, which is in no tensor's shape.
 
     A named architecture's own number counts only where the tensors have its sizes.
     """
-    table = architectures.VIT.sizes.get(name, {})
+    table = family.sizes.get(name, {})
     heads = said.get("num_heads", table.get("num_heads") if fits else None)
     if given["num_heads"] is not None:
         if heads is not None and heads != given["num_heads"]:
@@ -344,10 +378,10 @@ def _heads(
             )
         heads = given["num_heads"]
     if heads is None:
-        other = _others(name, sizes, architectures.VIT)
+        other = _others(name, sizes, family)
         but = ""
         if other:
-            but = f", and it is called {name}, but {_says(name, other, architectures.VIT)}"
+            but = f", and it is called {name}, but {_says(name, other, family)}"
         raise UserError(
             f"The number of attention heads of {path} is not known: its {_shape(sizes)}{but}; give "
             "--num_heads."

@@ -40,6 +40,7 @@ class ClassTokenTransformer(nn.Module):
     """
 
     num_prefix_tokens = 1
+    embedding = "patch_embed"  # the name under which the weights of patch_embed are published
     checkpoint_activations = False  # see run_block
 
     def __init__(
@@ -61,7 +62,7 @@ class ClassTokenTransformer(nn.Module):
         side = image_size // patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, embed_dim))
-        self.patch_embed = patch_embed
+        self.add_module(self.embedding, patch_embed)
         self.blocks = nn.ModuleList(blocks)
         self.depth = len(self.blocks)
         self.drop_path_rates = linear_rates(drop_path_rate, self.depth)

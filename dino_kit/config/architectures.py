@@ -33,6 +33,16 @@ DEEPVIT_SIZES = {
 FREE_DEEPVIT = "deepvit"
 # Whose Re-Attention's maps are multiplied by 1/√(width of a head): no tensor shows it.
 SCALED_REATTENTION = ("deepvit_s",)
+# Width, blocks, heads and the MLP's width over the tokens' (Yuan et al. 2021, published code).
+T2T_SIZES = {
+    "t2t_vit_7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_10": {"embed_dim": 256, "depth": 10, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_12": {"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_14": {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0},
+    "t2t_vit_19": {"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0},
+    "t2t_vit_24": {"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3.0},
+}
+FREE_T2T = "t2t_vit"
 # How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
 # mixing over, or resizes the image. The first is what it does where nothing else is said: in equal
 # time its features were the better ones (README, "Without attention").
@@ -78,7 +88,7 @@ class Family(NamedTuple):
 
     title: str  # what a sentence calls one of them
     free: str  # the name whose sizes are given one by one; of a library how its names are written
-    sizes: dict[str, dict[str, int]]  # of the other names
+    sizes: dict[str, dict[str, float]]  # of the other names
     needed: tuple[str, ...]  # the sizes that the free name must be given
     optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
@@ -98,7 +108,15 @@ DEEPVIT = Family(
     ("embed_dim", "depth", "num_heads"),
     ("mlp_ratio", "reattention_blocks"),
 )
-FAMILIES = (VIT, RESMLP, DEEPVIT)
+T2T = Family(
+    "a T2T-ViT",
+    FREE_T2T,
+    T2T_SIZES,
+    ("embed_dim", "depth", "num_heads"),
+    takes_patch_size=False,
+    patch_size=16,
+)
+FAMILIES = (VIT, RESMLP, DEEPVIT, T2T)
 BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
 
 

@@ -18,7 +18,8 @@ class Backbone:
     arch: str = option(
         "vit_small",
         "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, or vit, resmlp or deepvit with "
+        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, t2t_vit_7, t2t_vit_10, "
+        "t2t_vit_12, t2t_vit_14, t2t_vit_19, t2t_vit_24, or vit, resmlp, deepvit or t2t_vit with "
         "the sizes given below; or a model of a library as timm:NAME, torchvision:NAME, hf:FOLDER (a "
         "configuration of transformers) or python:PACKAGE.MODULE:CALLABLE. The reference's names are "
         "understood, too: deit_small is vit_small, and resnet50 is torchvision:resnet50.",
@@ -37,17 +38,18 @@ class Backbone:
         low=1,
     )
     embed_dim: int | None = option(
-        None, "Width of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
+        None, "Width of --arch vit, resmlp, deepvit or t2t_vit.", low=1, nothing="by --arch"
     )
     depth: int | None = option(
-        None, "Number of blocks of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
+        None, "Number of blocks of --arch vit, resmlp, deepvit or t2t_vit.", low=1,
+        nothing="by --arch",
     )
     num_heads: int | None = option(
-        None, "Attention heads of --arch vit or deepvit.", low=1, nothing="by --arch"
+        None, "Attention heads of --arch vit, deepvit or t2t_vit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit, resmlp or deepvit.", above=0, high=100,
-        nothing="4; 3 of a DeepViT",
+        None, "Width of the MLP over that of --arch vit, resmlp, deepvit or t2t_vit.", above=0,
+        high=100, nothing="4; 3 of a DeepViT or T2T-ViT",
     )
     reattention_blocks: int | None = option(
         None, "Blocks of --arch deepvit, the last ones, that have Re-Attention.", low=1,
