@@ -99,8 +99,10 @@ class TimmBackbone(LibraryBackbone):
         try:
             return self.encode(images)
         except AssertionError as error:  # timm's way to refuse a size
+            height, width = images.shape[2:]
+            reason = str(error).rstrip(".")
             raise UserError(
-                f"{self.name} takes no images of {tuple(images.shape[2:])} pixels: {error}."
+                f"{self.name} takes no images of {height} × {width} pixels: {reason}."
             ) from error
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -152,7 +154,8 @@ def _last_blocks(model: nn.Module) -> list[nn.Module]:
         if type(inner) not in (nn.Sequential, nn.ModuleList) or not len(inner):
             break
         blocks = list(inner)
-    return blocks
+    # Where layers stand by themselves there, their outputs are no blocks'.
+    return blocks if all(len(list(block.children())) for block in blocks) else []
 
 
 @contextmanager

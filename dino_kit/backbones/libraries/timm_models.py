@@ -16,6 +16,7 @@ from dino_kit.errors import UserError
 # How timm's models are asked to take images of other sizes than that which they are made for; most
 # know one of these, or none.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
+_OF_OTHER_USES = {"num_classes", "features_only", "feature_cfg", "out_indices"}
 
 
 def build(
@@ -37,6 +38,16 @@ def build(
             f"vit_small_patch16_224 and convnext_tiny{nearest(name, known)}"
         )
     title = f"timm:{name}"
+    useless = _OF_OTHER_USES.intersection(options)
+    if useless:
+        raise UserError(
+            f"{title} takes no option {min(useless)} here: a backbone has no classifier and gives out "
+            "its last tokens or map; leave it out."
+        )
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise UserError(
+            f"drop_path_rate is {drop_path_rate}; a rate of stochastic depth is at least 0 and below 1."
+        )
     model = _create(
         name, title, options, {"img_size": image_size, "drop_path_rate": drop_path_rate, **_ANY_SIZE},
         in_chans=in_chans,
@@ -55,11 +66,12 @@ def _create(
                 name, pretrained=False, num_classes=0, **{**needed, **wishes, **options}
             )
         except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown and unknown[1] in wishes and unknown[1] not in options:
-                del wishes[unknown[1]]
-            else:
+            _, _, unknown = str(error).partition("unexpected keyword argument")
+            unknown = [key for key in re.findall(r"'(\w+)'", unknown) if key in wishes]
+            if not unknown or any(key in options for key in unknown):
                 raise _refused(title, error) from error
+            for key in unknown:
+                del wishes[key]
         except Exception as error:  # each model has its own
             raise _refused(title, error) from error
 

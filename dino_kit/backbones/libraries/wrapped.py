@@ -149,6 +149,8 @@ class LibraryBackbone(nn.Module):
         try:
             with in_eval_mode(self), torch.no_grad():
                 features = self.forward_features(self.blank(size))
+        except UserError:
+            raise
         except Exception as error:  # each library has its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
