@@ -77,6 +77,11 @@ def _create(
 
 
 def _refused(title: str, error: Exception) -> UserError:
+    twice = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+    if twice:
+        return UserError(
+            f"{title} cannot be built so: {twice[1]} is a part of what its name stands for; leave it out."
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"{title} cannot be built so: {reason.rstrip('.')}.")
 
