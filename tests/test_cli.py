@@ -441,6 +441,10 @@ def test_config_shows_what_differs(capsys, tmp_path):
     assert re.search(r"blur_radius_max\W+2\W+0\.5\b", shown)  # once for all views
     assert re.search(r"data_path\W+not set\W+images\b", shown)
     assert "none" not in shown
+    (tmp_path / "giant.yaml").write_text("arch: vit_giant\n")
+    words = ["config", *mine, "--mlp_ratio", "3", "--diff", str(tmp_path / "giant.yaml")]
+    assert cli.main(words) == 0
+    assert re.search(r"mlp_ratio\W+4\.92308\W+3\b", capsys.readouterr().out)
     assert cli.main(["config", "vits8", "--diff", "vits8"]) == 0
     assert capsys.readouterr().out == "no difference from vits8\n"
     (tmp_path / "mine.yaml").write_text("diff: vits8\n")

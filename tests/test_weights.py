@@ -385,6 +385,43 @@ def test_every_named_architecture_is_known_by_its_tensors_alone(name):
         recognize(state, {}, None, {**given, "depth": 5}, "it")
 
 
+def test_a_network_with_another_mlp_than_the_giant_s_is_no_giant():
+    with torch.device("meta"):
+        state = create_backbone("vit_giant", patch_size=8, image_size=16, mlp_ratio=4).state_dict()
+    given = dict.fromkeys(
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    )
+    found = recognize(state, {}, None, {**given, "num_heads": 16}, "it")
+    assert (found.name, found.options["mlp_ratio"]) == ("vit", 4)
+    with pytest.raises(UserError, match="vit_giant has mlp_ratio 4.92308, and the .* mlp_ratio 4; "):
+        recognize(state, {}, "vit_giant", given, "it")
+    said = {"arch": "vit_giant"}
+    with pytest.raises(UserError, match="but vit_giant has mlp_ratio 4.92308; give --num_heads"):
+        recognize(state, said, None, given, "it")
+
+
+@pytest.mark.parametrize("options", [{"num_register_tokens": 4}, {"layer_scale": 1e-5},
+                                     {"num_register_tokens": 1, "layer_scale": 0.5}])  # fmt: skip
+def test_registers_and_layer_scale_are_known_by_their_tensors(tmp_path, options):
+    backbone = create_backbone("vit_tiny", patch_size=16, image_size=32, **options).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    loaded = load(tmp_path / "bare.pth")
+    assert loaded.architecture["name"] == "vit_tiny"
+    assert set(options) == {"num_register_tokens", "layer_scale"} & loaded.architecture.keys()
+    assert loaded.backbone.num_prefix_tokens == 1 + options.get("num_register_tokens", 0)
+    assert same(loaded.backbone, backbone, 32)
+
+
+def test_registers_of_another_form_are_no_registers(tmp_path):
+    state = create_backbone("vit_tiny", patch_size=16, image_size=32).state_dict()
+    torch.save({**state, "register_tokens": torch.zeros(4, 192)}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="no tensor register_tokens with 3 dimensions"):
+        load(tmp_path / "bare.pth")
+
+
 def test_golden_resmlp_is_read_from_its_tensors(golden, tmp_path):
     arrays = golden("resmlp")
     state = {

@@ -38,15 +38,11 @@ BACKBONES["resmlp_b24"][1]["init_scale"] = 1e-6
 def create_backbone(name: str, **options: Any) -> nn.Module:
     """A backbone with fresh weights, as :class:`~dino_kit.backbones.interface.Backbone` describes.
 
-    ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
-    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``,
-    ``t2t_vit_7``, ``_10``, ``_12``, ``_14``, ``_19`` or ``_24``; or ``vit``, ``deepvit`` or
-    ``t2t_vit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``, which needs
-    ``embed_dim`` and ``depth``; or a model of a library as ``timm:NAME``,
-    ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are
-    ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or arguments of
-    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP`,
-    :class:`~dino_kit.backbones.deepvit.DeepViT` or :class:`~dino_kit.backbones.t2t.T2TViT`, and go before the sizes of the name.
+    ``name`` is one of :data:`BACKBONES`, or stands for one, as ``deit_small`` does for ``vit_small``;
+    or a model of a library as ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
+    ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are arguments of the class that it names there,
+    and go before the sizes of the name; a name without sizes needs them. Of a library's model they
+    are ``image_size``, ``in_chans``, ``drop_path_rate`` and what the library takes.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.

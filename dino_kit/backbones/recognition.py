@@ -145,6 +145,11 @@ def _vit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     _require("vision transformer and no ResMLP", {"pos_embed": 3}, state, path)
     sizes = _patch_sizes("vision transformer", state, path)
     sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
+    if "register_tokens" in state:
+        _require("vision transformer with registers", {"register_tokens": 3}, state, path)
+        sizes["num_register_tokens"] = state["register_tokens"].shape[1]
+    if "blocks.0.ls1.gamma" in state:
+        sizes["layer_scale"] = 1.0  # what it was at first does not show, nor matter any more
     return {**sizes, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
 
 
@@ -288,7 +293,7 @@ def _compare(
 ) -> None:
     """Hold sizes that are given, or said by the file, against the tensors."""
     for name in (name for name in given if name in sizes):
-        shown = f"{sizes[name]:g}" if name == "mlp_ratio" else sizes[name]
+        shown = _shown(sizes[name])
         if given[name] is not None:
             if not _same(name, given[name], sizes):
                 raise UserError(
@@ -309,6 +314,10 @@ def _compare(
                 f"--{name} {given[name]} contradicts {path}, which is {family.title} and has no "
                 "use for it."
             )
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _same(name: str, value: Any, sizes: dict[str, Any]) -> bool:
@@ -343,16 +352,17 @@ def _named(
 def _others(name: str, sizes: dict[str, Any], family: Family) -> list[str]:
     """Which of the sizes that go by ``name``, and that show, the tensors have otherwise."""
     table = family.sizes.get(name, {})
-    return [size for size in table if size in sizes and table[size] != sizes[size]]
+    return [size for size in table if size in sizes and not _same(size, table[size], sizes)]
 
 
 def _says(name: str, other: Iterable[str], family: Family) -> str:
-    return f"{name} has {', '.join(f'{size} {family.sizes[name][size]}' for size in other)}"
+    table = family.sizes[name]
+    return f"{name} has {', '.join(f'{size} {_shown(table[size])}' for size in other)}"
 
 
 def _shape(sizes: dict[str, Any], other: Iterable[str] = ()) -> str:
     shown = dict.fromkeys(("embed_dim", "depth", *other))
-    return f"tensors have {' and '.join(f'{size} {sizes[size]}' for size in shown)}"
+    return f"tensors have {' and '.join(f'{size} {_shown(sizes[size])}' for size in shown)}"
 
 
 def _heads(

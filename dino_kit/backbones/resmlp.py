@@ -25,12 +25,13 @@ from dino_kit.backbones.layers import (
     patch_grid,
     run_block,
 )
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows
 from dino_kit.config.architectures import MLP_GRID, MLP_GRIDS
 from dino_kit.errors import UserError
 
 
-class ResMLP(nn.Module):
+class ResMLP(WithoutSelfAttention):
     """Images ``(B, C, H, W)``, sides multiples of the patch size, to their features ``(B, D)``.
 
     Any such sides will do, by one of two rules; both leave images of ``image_size`` as they are.

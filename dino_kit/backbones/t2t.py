@@ -62,7 +62,7 @@ _LATER_SPLIT = {"kernel_size": 3, "stride": 2, "padding": 1}
 _EPSILON = 1e-8  # beside the sum that attention is divided by
 
 
-class T2TViT(vit.ClassTokenTransformer):
+class T2TViT(vit.SelfAttentionTransformer):
     """Images ``(B, C, H, W)``, sides multiples of 16, to class tokens ``(B, D)``.
 
     Any such sides will do: the positions of the patches, fixed for ``image_size``, are interpolated
@@ -132,10 +132,6 @@ class T2TViT(vit.ClassTokenTransformer):
     def no_weight_decay(self) -> set[str]:
         """Parameters that the authors keep from weight decay, beside biases and one-dimensional ones."""
         return {"cls_token"}
-
-    def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
-        return self._last_maps(images)
 
     def _patches(self, images: Tensor) -> Tensor:
         # On a sixteenth as many places as there are pixels it holds as much as several blocks.

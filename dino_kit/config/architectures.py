@@ -8,12 +8,15 @@ from typing import NamedTuple
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
-# Width, blocks, heads; the MLP is four times as wide (Dosovitskiy et al., Touvron et al. 2021).
-VIT_SIZES = {
+# Width, blocks, heads; the MLP is four times as wide where nothing else is said (Dosovitskiy et al.,
+# Touvron et al. 2021; the giant, ViT-G, is that of Zhai et al. 2022, "Scaling vision transformers").
+VIT_SIZES: dict[str, dict[str, int | float]] = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "vit_giant": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 8192 / 1664},
 }
 FREE_VIT = "vit"  # sizes are given one by one
 # Width and blocks (Touvron et al. 2021, "ResMLP").

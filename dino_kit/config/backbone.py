@@ -17,12 +17,11 @@ class Backbone:
 
     arch: str = option(
         "vit_small",
-        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, t2t_vit_7, t2t_vit_10, "
-        "t2t_vit_12, t2t_vit_14, t2t_vit_19, t2t_vit_24, or vit, resmlp, deepvit or t2t_vit with "
-        "the sizes given below; or a model of a library as timm:NAME, torchvision:NAME, hf:FOLDER (a "
-        "configuration of transformers) or python:PACKAGE.MODULE:CALLABLE. The reference's names are "
-        "understood, too: deit_small is vit_small, and resnet50 is torchvision:resnet50.",
+        f"Name of the architecture: {', '.join(architectures.BUILDABLE)}, of which those without a size "
+        "in their names need the sizes given below; or a model of a library as timm:NAME, "
+        "torchvision:NAME, hf:FOLDER (a configuration of transformers) or "
+        "python:PACKAGE.MODULE:CALLABLE. The reference's names are understood, too: deit_small is "
+        "vit_small, and resnet50 is torchvision:resnet50.",
         then=architectures.canonical,
     )
     arch_options: tuple[str, ...] | None = option(

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import run_block
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.errors import UserError
 
 _TRIED = 4  # sizes that are tried on either side of one that does not pass
 
 
-class LibraryBackbone(nn.Module):
+class LibraryBackbone(WithoutSelfAttention):
     """``model``, of which a subclass tells how to read it.
 
     Its tensors are called in the state dict as the library calls them.
