@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from refusals import refusal
+from test_attention_command import save_image
 from timm.layers import GatedMlp
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock, SpatialGatingBlock
 from torch import nn
 
-from dino_kit import weights
+from dino_kit import cli, weights
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.grids import resampling
 from dino_kit.backbones.interface import (
@@ -22,11 +26,14 @@ from dino_kit.backbones.interface import (
     HasTokenMixing,
 )
 from dino_kit.backbones.libraries.timm_kinds import kind_of
+from dino_kit.backbones.maps import available
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.batch_norm import synchronised
 from dino_kit.errors import UserError
+from dino_kit.evaluators.attention import attention_maps, classattention_maps, to_tensor
+from dino_kit.evaluators.rollout import rollout
+from dino_kit.figures import colour_table, heat
 from dino_kit.training.optim import split_by_decay
-from refusals import refusal
 
 # By family: a name, its native side here, options that make it small, and its prefix tokens.
 VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -280,6 +287,77 @@ def test_only_those_that_have_maps_offer_them():
         assert isinstance(backbone, HasTokenMixing) == (family in ("gmlp", "resmlp")), family
 
 
+def test_what_there_is_to_see_of_each():
+    seen = {family: available(built(family)) for family in FAMILIES}
+    for family, kinds in seen.items():
+        expected = ("similarity",)
+        if family in ATTENDING:
+            expected = ("attention", "rollout", *expected)
+        elif family in CLASS_ATTENDING:
+            expected = ("classattention", *expected)
+        elif family in ("gmlp", "resmlp"):
+            expected = ("mixing", *expected)
+        assert kinds == expected, family
+
+
+def test_rollout_goes_through_all_blocks():
+    backbone = built("deit").eval()
+    image = pictures(96)[0]
+    row = rollout(backbone, image)
+    assert row.shape == (1, 38)
+    torch.testing.assert_close(row.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_without_a_class_token_nobody_looks_at_the_patches(registers):
+    """The first token is a patch then, or a register; its row would be shown as the whole's."""
+    backbone = built("vit", class_token=False, global_pool="avg", reg_tokens=registers).eval()
+    assert isinstance(backbone, HasSelfAttention)
+    assert available(backbone) == ("similarity",)
+    sentence = refusal(attention_maps, backbone, pictures(64)[0])
+    assert "has no class token, which would look at the patches; --maps similarity" in sentence
+    images = pictures(64)
+    with torch.no_grad():  # and what is pooled are the patches
+        pooled, patches, _ = backbone.forward_features(images)
+        x = backbone.model.forward_features(images)[:, registers:]
+        torch.testing.assert_close(pooled, backbone.model.fc_norm(x.mean(1)))
+        torch.testing.assert_close(patches, backbone.model.fc_norm(x))
+
+
+def test_class_attention_is_shown_head_by_head(tmp_path, capsys):
+    name, side, small, _ = FAMILIES["xcit"]
+    backbone = built("xcit").eval()
+    state = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    words = [f"{key}={value}" for key, value in small.items()]
+    config = {"arch": f"timm:{name}", "arch_options": words, "global_crops_size": side}
+    (tmp_path / "run").mkdir()
+    torch.save({"teacher": state, "config": config}, tmp_path / "run/checkpoint.pth")
+    save_image(tmp_path / "photo.png", 64, 64)
+    out = tmp_path / "out"
+    command = ["attention", str(tmp_path / "run"), "--image_path", str(tmp_path / "photo.png"),
+               "--maps", "classattention", "--output_dir", str(out)]  # fmt: skip
+    assert cli.main(command) == 0
+    heads = {f"classattention-{which}.png" for which in ("head0", "head1", "mean")}
+    assert {path.name for path in out.iterdir()} == heads | {
+        "overlay-classattention.png", "img.png", "sheet.png", "patches.npz", "attention.json",
+    }  # fmt: skip
+    with Image.open(tmp_path / "photo.png") as image:
+        seen = to_tensor(image)
+    expected = classattention_maps(backbone, seen)
+    with np.load(out / "patches.npz") as arrays:
+        assert arrays.files == ["classattention"] and arrays["classattention"].shape == (2, 4, 4)
+        np.testing.assert_array_equal(arrays["classattention"], expected)
+    with Image.open(out / "classattention-mean.png") as one:
+        drawn = heat(expected.numpy().mean(axis=0), (64, 64), colour_table())
+        assert np.array_equal(np.asarray(one), np.asarray(drawn))
+    capsys.readouterr()
+    assert cli.main(command[:5] + ["attention"]) == 2
+    assert "it takes classattention or similarity here." in capsys.readouterr().err
+    assert "blocks in which the class token alone attends" in refusal(
+        classattention_maps, built("vit"), seen
+    )
+
+
 # Token mixing, and tables of relative positions, on other grids
 
 
@@ -520,6 +598,8 @@ def test_sizes_that_do_not_pass_are_refused_before_a_run():
     assert "takes no images of 96 × 96 pixels" in sentence
     fixed = create_backbone("timm:convit_tiny", image_size=32, **VIT, local_up_to_layer=1)
     assert "near it, it takes 32" in refusal(fixed.require_sizes, [96])
+    # What timm does not refuse itself, but fails of.
+    assert "takes no images of 96 × 96 pixels" in refusal(fixed, torch.zeros(1, 3, 96, 96))
 
 
 @pytest.mark.parametrize("family", MIXING)

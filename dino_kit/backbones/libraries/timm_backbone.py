@@ -5,6 +5,7 @@ Legend: B batch, C channels, H and W pixels, N = h·w patches, P prefix tokens, 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from dino_kit.backbones.libraries.wrapped import (
 )
 from dino_kit.errors import UserError
 
+_ABOUT_SHAPES = re.compile(r"\b(shapes?|sizes? of tensor|sizes for tensor|is invalid for input)\b")
+
 
 class TimmBackbone(LibraryBackbone):
     """A model of timm.
@@ -35,10 +38,10 @@ class TimmBackbone(LibraryBackbone):
 
     def __init__(self, model: nn.Module, name: str, image_size: int, in_chans: int):
         _draw_nothing(model)
-        has_class = getattr(model, "cls_token", None) is not None
-        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", int(has_class))
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", int(self.has_class_token))
         self._pools_class = (
-            has_class
+            self.has_class_token
             and getattr(model, "dist_token", None) is None
             and getattr(model, "attn_pool", None) is None
         )
@@ -98,9 +101,11 @@ class TimmBackbone(LibraryBackbone):
     def _encode(self, images: Tensor) -> Tensor:
         try:
             return self.encode(images)
-        except AssertionError as error:  # timm's way to refuse a size
+        except (AssertionError, RuntimeError) as error:  # how timm refuses a size, and how it fails
+            if isinstance(error, RuntimeError) and not _ABOUT_SHAPES.search(str(error)):
+                raise
             height, width = images.shape[2:]
-            reason = str(error).rstrip(".")
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
                 f"{self.name} takes no images of {height} × {width} pixels: {reason}."
             ) from error

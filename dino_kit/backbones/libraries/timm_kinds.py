@@ -12,11 +12,11 @@ from timm.models import beit
 from torch import Tensor, nn
 
 from dino_kit.backbones.grids import Grid, carried
-from dino_kit.backbones.layers import patch_grid
+from dino_kit.backbones.layers import block_index, patch_grid
 from dino_kit.backbones.libraries.any_grid import TokenMixings
 from dino_kit.backbones.libraries.kernel_maps import fused_attentions, map_of
 from dino_kit.backbones.libraries.timm_backbone import TimmBackbone
-from dino_kit.backbones.libraries.wrapped import block_number, resized_positions
+from dino_kit.backbones.libraries.wrapped import resized_positions
 
 
 def kind_of(model: nn.Module) -> type[TimmBackbone]:
@@ -54,7 +54,7 @@ class SelfAttending(TimmBackbone):
         """The same of any block, counted from 0, or from the end as -1, -2, …"""
         self.keep_all()
         blocks = self.model.blocks
-        chosen = blocks[block_number(block, len(blocks))]
+        chosen = blocks[block_index(block, len(blocks))]
         return map_of(chosen, lambda: self._encode(images))
 
 
