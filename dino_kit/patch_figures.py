@@ -78,6 +78,34 @@ def rollout(image: Image.Image, values: np.ndarray) -> Part:
     return _single("rollout", image, values, figures.peak(values), sentence)
 
 
+def classattention(image: Image.Image, maps: np.ndarray) -> Part:
+    """What the class token looks at in a block in which it alone attends.
+
+    For each of A heads, its map in ``maps`` (A, h, w): ``classattention-headI.png``, counted from 0;
+    their mean ``classattention-mean.png``, and on the image ``overlay-classattention.png``;
+    ``classattention`` (A, h, w).
+    """
+    colours, size = figures.colour_table(), figures.panel_size(maps.shape[1:])
+    mean, pixels = maps.mean(axis=0), image.size[::-1]
+    named = {**{f"head{head}": one for head, one in enumerate(maps)}, "mean": mean}
+    pictures = {
+        f"classattention-{name}.png": figures.heat(one, pixels, colours)
+        for name, one in named.items()
+    }
+    pictures["overlay-classattention.png"] = figures.overlay(image, mean, colours)
+    panels = [
+        (name.replace("head", "head "), figures.peak(one), figures.heat(one, size, colours))
+        for name, one in named.items()
+    ]
+    small = figures.fitted(image, size)
+    panels.append(("mean, on the image", "", figures.overlay(small, mean, colours)))
+    sentence = (
+        "Head: what the class token looks at in the last of the blocks in which it alone attends; "
+        "brighter is more. n×: the brightest patch has n times the average."
+    )
+    return Part(pictures, {"classattention": maps}, panels, None, sentence)
+
+
 def mixing(image: Image.Image, places: Sequence[Place], rows: np.ndarray) -> Part:
     """What every patch adds to some, by a token mixing.
 

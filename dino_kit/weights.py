@@ -28,6 +28,8 @@ from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
 
 NEWEST = "checkpoint.pth"
 _PUBLISHED = "state_dict_ema"  # under which code that trains by timm publishes a network
+# What libraries call that which classifies; of it a backbone may have a norm.
+_CLASSIFIERS = ("head", "heads", "head_dist", "fc", "classifier")
 
 
 class EvalTransform(NamedTuple):
@@ -144,7 +146,7 @@ def load(
     # First weights are drawn only to be replaced, so the caller's random numbers are left alone.
     with torch.random.fork_rng(devices=[]):
         backbone = create_backbone(built_as, **sizes)
-    matched = _fill(backbone, state, path)
+    matched = _fill(backbone, _for_backbone(state, backbone), path)
     return Loaded(
         backbone.eval(),
         _transform(said, backbone, exif, value_range, normalize, path),
@@ -192,12 +194,11 @@ def _network(
         state, which = content, None
     else:
         raise UserError(f"{path} holds no weights; what it holds: {some(content) or 'nothing'}.")
-    backbone = {}
-    for name, value in state.items():
-        name = str(name).removeprefix("module.").removeprefix("backbone.")
-        if not name.startswith("head."):
-            backbone[name] = value
-    return backbone, which
+    named = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith("backbone.") for name in named):
+        # Beside it is DINO's head; a head within it may be the backbone's own, as a ConvNeXt's.
+        named = {name: value for name, value in named.items() if not name.startswith("head.")}
+    return {name.removeprefix("backbone."): value for name, value in named.items()}, which
 
 
 def _is_network(value: Any) -> bool:
@@ -251,7 +252,24 @@ def _contradict(name: str, given: Any, said: Any, path: Path) -> NoReturn:
     raise UserError(f"--{name} {given} contradicts {path}, which says {name} {said}.")
 
 
-def _fill(backbone: nn.Module, state: dict[str, Any], path: Path) -> int:
+def _for_backbone(state: Mapping[str, Any], backbone: nn.Module) -> Mapping[str, Any]:
+    """``state`` by the backbone's names, where it knows others too, and without a classifier."""
+    wanted = set(backbone.state_dict())
+
+    def without_classifier(state: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in state.items()
+            if name in wanted or name.partition(".")[0] not in _CLASSIFIERS
+        }
+
+    own = without_classifier(state)
+    if set(own) != wanted and hasattr(backbone, "from_published"):
+        return without_classifier(backbone.from_published(state))
+    return own
+
+
+def _fill(backbone: nn.Module, state: Mapping[str, Any], path: Path) -> int:
     """Load ``state`` strictly; return the number of tensors."""
     wanted = backbone.state_dict()
     missing = [name for name in wanted if name not in state]

@@ -375,8 +375,8 @@ def test_a_folder_of_images_leaves_out_what_cannot_be_shown(small, capsys, monke
         ("vit", ["--maps", "similarity", "--html"],
          "--html is for attention maps, and --maps is similarity; leave it out."),
         ("resmlp", ["--maps", "heads"],
-         "--maps is 'heads'; it takes one of attention, rollout, reattention, mixing, "
-         "similarity."),
+         "--maps is 'heads'; it takes one of attention, rollout, reattention, classattention, "
+         "mixing, similarity."),
         ("resmlp", ["--num_heads", "2"], "is a ResMLP and has no use for it."),
         ("resmlp", ["--maps", "similarity", "--image_size", "3"], "smaller than a patch of 4 × 4"),
         ("resmlp", ["--mlp_grid", "none", "--embed_dim", "48"], "--embed_dim 48 contradicts"),

@@ -66,6 +66,14 @@ class HasReAttention(Protocol):
 
 
 @runtime_checkable
+class HasClassAttention(Protocol):
+    """A backbone in whose last blocks the class token alone attends, to itself and the patches."""
+
+    def get_last_classattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, heads, P+N)``; the class token first."""
+
+
+@runtime_checkable
 class HasTokenMixing(Protocol):
     """A backbone that mixes its patches by matrices of weights, the same for every image."""
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dino_kit.backbones.interface import (
+    HasClassAttention,
     HasReAttention,
     HasSelfAttention,
     HasTokenMixing,
@@ -27,6 +28,11 @@ KINDS = {
     "reattention": Kind(
         HasReAttention, "Re-Attention", "maps of its last Re-Attention, which have a sign"
     ),
+    "classattention": Kind(
+        HasClassAttention,
+        "blocks in which the class token alone attends",
+        "what its class token attends to in its last block",
+    ),
     "mixing": Kind(HasTokenMixing, "token mixing by a matrix", "rows of its last token mixing"),
     "similarity": Kind(None, "", "the similarity of each patch to the pooled feature"),
 }
@@ -36,6 +42,14 @@ _SELFATTENTION = ("get_last_selfattention", "get_selfattention")
 def available(backbone: nn.Module) -> tuple[str, ...]:
     """The kinds of maps that ``backbone`` has, what it tells most by first."""
     return tuple(name for name, kind in KINDS.items() if _has(backbone, kind))
+
+
+def lacking(backbone: nn.Module, name: str) -> str:
+    """What a sentence says that ``backbone`` has not, where it has no such maps."""
+    kind = KINDS[name]
+    if kind.capability is HasSelfAttention and _attends(backbone):
+        return "class token, which would look at the patches"
+    return kind.lacking
 
 
 def title(backbone: object) -> str:
@@ -51,13 +65,29 @@ def no_selfattention(backbone: nn.Module) -> NoSelfAttention:
         if kind.capability is not HasSelfAttention and _has(backbone, kind)
     ]
     why = "has no self-attention among all of its tokens"
+    if _attends(backbone):
+        why = f"has no {lacking(backbone, 'attention')}"
     if isinstance(backbone, HasReAttention):
         why = "mixes and normalises its maps after the softmax, so that they are no self-attention"
     return NoSelfAttention(f"{title(backbone)} {why}; {', and '.join(shown)}.")
 
 
 def _has(backbone: nn.Module, kind: Kind) -> bool:
-    return kind.capability is None or isinstance(backbone, kind.capability)
+    if kind.capability is None:
+        return True
+    if not isinstance(backbone, kind.capability):
+        return False
+    return kind.capability is not HasSelfAttention or has_class_token(backbone)
+
+
+def _attends(backbone: nn.Module) -> bool:
+    # Not by the protocol, which asks for an attribute that is answered by a sentence of this.
+    return hasattr(type(backbone), _SELFATTENTION[0])
+
+
+def has_class_token(backbone: nn.Module) -> bool:
+    """Whether the first token sums up the image; registers alone do not."""
+    return getattr(backbone, "has_class_token", backbone.num_prefix_tokens > 0)
 
 
 class WithoutSelfAttention(nn.Module):

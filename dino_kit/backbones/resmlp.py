@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kit.backbones.grids import Grid, resampling
+from dino_kit.backbones.grids import Grid, carried, resampling
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import (
     Mlp,
@@ -246,12 +246,10 @@ class TokenMixing(nn.Linear):
         """``A' = U A D`` (M, M) and ``b' = U b`` (M,), which do the same on ``grid``."""
         if grid == self.grid:
             return self.weight, self.bias
-        down, up = self._resamplings(grid)
+        _, up = self._resamplings(grid)
         # In the weights' own precision: this is little work, and done before any image is seen.
         with torch.autocast(self.weight.device.type, enabled=False):
-            mixing = up(self.weight)  # U A, (M, N)
-            mixing = down.transposed()(mixing.mT).mT  # (M, M)
-            return mixing, up(self.bias[:, None])[:, 0]
+            return carried(self.weight, self.grid, grid), up(self.bias[:, None])[:, 0]
 
     def _resamplings(self, grid: Grid):
         like = {"device": self.weight.device, "dtype": self.weight.dtype}

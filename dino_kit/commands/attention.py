@@ -16,7 +16,7 @@ from torch import nn
 
 from dino_kit import distributed, evaluation, files, log
 from dino_kit.backbones.layers import block_index
-from dino_kit.backbones.maps import KINDS, available, title
+from dino_kit.backbones.maps import KINDS, available, lacking, title
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
@@ -121,18 +121,18 @@ def _kinds(config: AttentionConfig, backbone: nn.Module) -> tuple[str, ...]:
     for kind in kinds:
         if kind not in there:
             raise UserError(
-                f"{name} has no {KINDS[kind].lacking}, so --maps {kind} has nothing to show; it takes "
+                f"{name} has no {lacking(backbone, kind)}, so --maps {kind} has nothing to show; it takes "
                 f"{takes} here."
             )
     for flag in ("html", "threshold", "block"):
         given = getattr(config, flag)
         if "attention" not in kinds and given is not None and given is not False:
-            why = f"{name} has no self-attention" if lacks else f"--maps is {config.maps}"
+            why = f"{name} has no {lacking(backbone, 'attention')}" if lacks else f"--maps is {config.maps}"
             raise UserError(f"--{flag} is for attention maps, and {why}; leave it out.")
     if lacks and not config.maps:
         instead = " and ".join(KINDS[kind].shows for kind in kinds)
         log.notice(
-            f"{name} has no self-attention, so there are no attention maps; shown instead: "
+            f"{name} has no {lacking(backbone, 'attention')}, so there are no attention maps; shown instead: "
             f"{instead}."
         )
     return kinds

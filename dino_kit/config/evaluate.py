@@ -250,11 +250,14 @@ class Picture:
     download: bool = option(
         False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
-    maps: Literal["attention", "rollout", "reattention", "mixing", "similarity"] | None = option(
+    maps: (
+        Literal["attention", "rollout", "reattention", "classattention", "mixing", "similarity"] | None
+    ) = option(
         None,
         "What to show: attention of the class token in one block; rollout, its attention followed "
-        "through all blocks; reattention, that of a DeepViT, mixed and normalised; mixing, rows of "
-        "the matrix by which a ResMLP mixes its patches; or similarity of each patch to the pooled "
+        "through all blocks; reattention, that of a DeepViT, mixed and normalised; classattention, "
+        "that of the class token where it alone attends, as in an XCiT or a CaiT; mixing, rows of the "
+        "matrix by which a ResMLP mixes its patches; or similarity of each patch to the pooled "
         "feature.",
         nothing="attention; of a network that has none, all that it has",
     )

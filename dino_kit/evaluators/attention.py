@@ -19,8 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import frozen
-from dino_kit.backbones.interface import HasReAttention, HasSelfAttention, HasTokenMixing
-from dino_kit.backbones.maps import no_selfattention, title
+from dino_kit.backbones.interface import (
+    HasClassAttention,
+    HasReAttention,
+    HasSelfAttention,
+    HasTokenMixing,
+)
+from dino_kit.backbones.maps import has_class_token, no_selfattention, title
 from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
@@ -110,8 +115,9 @@ def to_tensor(
 
 
 def require_attention(backbone: nn.Module) -> None:
-    """Raises :class:`NoSelfAttention` where ``backbone`` has none between all of its tokens."""
-    if not isinstance(backbone, HasSelfAttention):
+    """Raises :class:`NoSelfAttention` where ``backbone`` has none between all of its tokens, or no
+    class token among them."""
+    if not isinstance(backbone, HasSelfAttention) or not has_class_token(backbone):
         raise no_selfattention(backbone)
 
 
@@ -156,6 +162,22 @@ def reattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
     with looking(backbone, image):
         maps = backbone.get_last_reattention(image[None])[0]
     rows = maps[:, 0, backbone.num_prefix_tokens :].float().cpu()
+    return rows.unflatten(1, grid_of(backbone, image))
+
+
+def classattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
+    """The class token's attention to each patch where it alone attends, ``(heads, h, w)``.
+
+    Of the last block, float32, on the CPU; arguments and errors as of attention_rows.
+    """
+    if not isinstance(backbone, HasClassAttention):
+        raise UserError(
+            f"{title(backbone)} has no blocks in which the class token alone attends, so there are no "
+            "maps of them to show; an XCiT and a CaiT have them."
+        )
+    with looking(backbone, image):
+        maps = backbone.get_last_classattention(image[None])[0]
+    rows = maps[:, backbone.num_prefix_tokens :].float().cpu()
     return rows.unflatten(1, grid_of(backbone, image))
 
 

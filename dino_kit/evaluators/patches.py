@@ -1,8 +1,8 @@
 """What there is to see of an image's patches besides what each head attends to.
 
-Rollout, which is of all blocks together; the patches' similarity to the whole, which every network
-has; rows of a token mixing; and what a class token takes from patches by Re-Attention, which has a
-sign as mixing has.
+Rollout, which is of all blocks together; what a class token looks at where it alone attends; the
+patches' similarity to the whole, which every network has; rows of a token mixing; and what a class
+token takes from patches by Re-Attention, which has a sign as mixing has.
 
 Legend: C channels, H and W pixels, N = h·w patches, R rows of the mixing that are shown.
 """
@@ -107,7 +107,7 @@ def show(
     """Write for each picture what :func:`~dino_kit.patch_figures.save_patches` lists.
 
     Args:
-        kinds: of ``"rollout"``, ``"similarity"``, ``"mixing"`` and ``"reattention"`` those to show.
+        kinds: those to show; of those of :data:`~dino_kit.backbones.maps.KINDS` all but attention.
         backbone, pictures, image_size, crop_without_resize, mean, std, facts, advance, refuse: as
             those of :func:`~dino_kit.evaluators.gallery.show`.
 
@@ -138,6 +138,11 @@ def _mixing(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figu
     return patch_figures.mixing(sight, places, rows.numpy())
 
 
+def _classattention(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    maps = attention.classattention_maps(backbone, seen)
+    return patch_figures.classattention(sight, maps.numpy())
+
+
 def _reattention(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
     return patch_figures.reattention(sight, attention.reattention_maps(backbone, seen).numpy())
 
@@ -145,6 +150,7 @@ def _reattention(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch
 # In their order on a sheet.
 _PARTS = {
     "rollout": _rollout,
+    "classattention": _classattention,
     "similarity": _similarity,
     "mixing": _mixing,
     "reattention": _reattention,

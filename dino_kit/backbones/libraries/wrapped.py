@@ -9,7 +9,8 @@ Legend: B batch, C channels, H and W pixels, N patches, P prefix tokens, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class LibraryBackbone(WithoutSelfAttention):
         """What :meth:`forward_features` gives."""
         raise NotImplementedError
 
+    def read_pooled(self, images: Tensor) -> Tensor:
+        """The pooled features alone, where they cost less than all."""
+        return self.read(images).pooled
+
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last ``n`` of ``depth`` blocks, of a hierarchical model of its last stage."""
         raise NotImplementedError
@@ -77,10 +82,7 @@ class LibraryBackbone(WithoutSelfAttention):
     @property
     def blocks(self) -> list[nn.Module]:
         """The model's largest parts in order, each of which is computed by itself."""
-        parts = [part for part in self.model.children() if isinstance(part, nn.ModuleList)]
-        parts += [part for part in self.model.children() if isinstance(part, nn.Sequential)]
-        largest = max(parts, key=_size, default=())
-        return list(largest)
+        return largest_parts(self.model)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """The pooled features ``(B, D)``.
@@ -101,11 +103,13 @@ class LibraryBackbone(WithoutSelfAttention):
 
         A vector is one in whatever shape it comes: a layer scale of (1, 1, D) or of (D, 1, 1), too.
         """
-        said = {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
-        return said | {
+        said = [_PREFIX + name for name in getattr(self.model, "no_weight_decay", set)()]
+        return {
             name
             for name, parameter in self.named_parameters()
-            if parameter.squeeze().ndim <= 1 or name.endswith(self.exempt)
+            if parameter.squeeze().ndim <= 1
+            or name.endswith(self.exempt)
+            or any(fnmatchcase(name, pattern) for pattern in said)
         }
 
     def require_sizes(self, sizes: Sequence[int], way_out: str = "") -> None:
@@ -128,7 +132,7 @@ class LibraryBackbone(WithoutSelfAttention):
             self.keep_all()
         else:
             self._keep(keep, images.device)
-        return self.read(images).pooled
+        return self.read_pooled(images)
 
     def keep_all(self) -> None:
         """From here on no branch is dropped."""
@@ -146,6 +150,8 @@ class LibraryBackbone(WithoutSelfAttention):
         try:
             with in_eval_mode(self), torch.no_grad():
                 features = self.forward_features(self.blank(size))
+        except UserError:
+            raise
         except Exception as error:  # each library has its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -228,8 +234,15 @@ def see_channels(model: nn.Module, in_chans: int) -> None:
     raise UserError(f"{type(model).__name__} begins with no convolution, and takes RGB images only.")
 
 
+def largest_parts(model: nn.Module) -> list[nn.Module]:
+    """The elements of the largest list of modules that ``model`` has; none where it has no list."""
+    parts = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+    parts += [part for part in model.children() if isinstance(part, nn.Sequential)]
+    return list(max(parts, key=_size, default=()))
+
+
 def outputs_of(
-    modules: Iterable[nn.Module], model: nn.Module, images: Tensor
+    modules: Iterable[nn.Module], model: Callable[[Tensor], Any], images: Tensor
 ) -> list[Tensor]:
     """What each of ``modules`` gives out while ``model`` sees ``images``."""
     found: dict[nn.Module, Tensor] = {}
