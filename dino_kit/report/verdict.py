@@ -170,7 +170,11 @@ def _worth(record: Record, results: Sequence[Result], state: str) -> str:
     ]
     if accuracy:
         return _accuracy(accuracy, state)
-    told = [probe["sentence"] for probe in record.probes if isinstance(probe.get("sentence"), str)]
+    told = [
+        _capital(probe["sentence"])
+        for probe in record.probes
+        if isinstance(probe.get("sentence"), str)
+    ]
     measured = _measured(results)
     words = f"{measured} {told[-1]}" if measured and told else measured or (told[-1] if told else "")
     return words or (
@@ -239,7 +243,7 @@ def _conduct(record: Record) -> str:
             count = f"one step{share} was"
         parts.append(f"{count} dropped as not finite")
     text = ", and ".join(parts)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    return f"{_capital(text)}." if text else ""
 
 
 def _unusable(record: Record) -> str:
@@ -248,6 +252,10 @@ def _unusable(record: Record) -> str:
         return ""
     what = "One image could" if count == 1 else f"{count:,} images could"
     return f"{what} not be used, and others took their place ({bad_images.NAME} names them)."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _warmed_up(record: Record) -> bool:
