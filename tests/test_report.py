@@ -347,6 +347,27 @@ def test_whether_accuracy_still_rose_is_told_beyond_what_chance_does(tmp_path, v
     assert said in words(judged(tmp_path))
 
 
+@pytest.mark.parametrize(("end", "in_vain"), [(49.0, True), (51.0, True), (55.0, False)])
+def test_a_run_whose_features_got_no_better_is_not_praised(tmp_path, end, in_vain):
+    """Its answers depend on what it sees; what they are worth only labels tell."""
+    synthetic_run.make(tmp_path, probes=0)
+    write_lines(tmp_path / "probe.jsonl", [
+        {"step": n * EACH, "epoch": n, "knn_top1": value, "knn_queries": 1000}
+        for n, value in ((0, 50.0), (20, end))])  # fmt: skip
+    found = judged(tmp_path)
+    assert (found.tone == "open") is in_vain
+    assert ("no better than before training" in found.headline) is in_vain
+
+
+def test_nor_one_whose_untrained_network_the_quickstart_finds_as_good(tmp_path):
+    synthetic_run.make(tmp_path, probes=0)
+    for end, tone in ((64.0, "open"), (95.0, "good")):
+        (tmp_path / "quickstart.json").write_text(json.dumps({
+            "top1_percent": {"untrained": {"digits": 64.0}, "teacher": {"digits": end}}, "k": 20,
+            "checkpoint": {"step": 800, "epoch": 20}}))  # fmt: skip
+        assert judged(tmp_path).tone == tone
+
+
 def test_without_labels_the_probe_s_own_sentence_is_told(tmp_path):
     found = judged(synthetic_run.make(tmp_path, labels=False))
     assert "Effective rank 36.9, view retrieval 88.0 %; both still rise (since epoch 16)." in found.sentences
