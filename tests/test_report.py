@@ -466,6 +466,18 @@ def test_results_of_every_form_become_rows(tmp_path):
     assert "before training it was 64.0 % (quickstart.json)" in text
 
 
+def test_of_a_linear_layer_accuracies_are_results_and_its_other_numbers_are_not(tmp_path):
+    found = {"epochs": 4, "top1": 21.5, "top5": 74.7, "loss": 2.07, "largest_class_percent": 10.0,
+             "images": 5000, "train_images": 1000}  # fmt: skip
+    (tmp_path / "linear.json").write_text(json.dumps({
+        "results": {"last": found, "best": found | {"epochs": 2, "top1": 21.8}}}))  # fmt: skip
+    rows = [(r.setting, r.metric, r.value) for r in results.read(tmp_path, [])]
+    assert rows == [
+        ("at the end", "top-1, %", 21.5), ("at the end", "top-5, %", 74.7),
+        ("at its best", "top-1, %", 21.8), ("at its best", "top-5, %", 74.7),
+    ]  # fmt: skip
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path):
     synthetic_run.make(tmp_path)
     (tmp_path / "knn.json").write_text('{"results"')
