@@ -298,6 +298,12 @@ def test_a_collapse_that_a_run_came_out_of_is_told(tmp_path):
     assert sentence in words(found)
 
 
+def test_commands_and_flags_of_the_verdict_are_not_broken_in_two(tmp_path):
+    shown = page(record.read(synthetic_run.make(tmp_path, "uniform collapse", probes=0)), NOTHING, "")
+    assert "<code>dino-kit knn</code> does" in shown
+    assert "<code>--norm_last_layer true</code>" in shown
+
+
 def test_a_run_at_its_start_is_not_scolded(tmp_path):
     found = judged(synthetic_run.make(tmp_path, done=0.05, probes=0))
     assert (found.state, found.tone, found.advice) == ("warming up", "open", "")

@@ -73,9 +73,10 @@ def _text(value: object) -> str:
 
 
 def _prose(text: str) -> str:
-    """Sentences in which neither a flag nor a percentage is broken in two."""
+    """Sentences in which no command, flag or percentage is broken in two."""
     text = _text(text.replace(" %", "\u00a0%"))
-    return re.sub(r"--[a-z_]+(?: (?:true|fp32))?", r"<code>\g<0></code>", text)
+    words = r"dino-kit [a-z-]+|--[a-z_]+(?: (?:true|fp32))?"
+    return re.sub(words, r"<code>\g<0></code>", text)
 
 
 def _paragraphs(*sentences: str, kind: str = "") -> str:
