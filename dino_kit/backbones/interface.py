@@ -41,6 +41,14 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
+class ExemptsFromDecay(Protocol):
+    """A backbone of whose parameters more than biases and one-dimensional ones do not decay."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Their names, as its authors have it."""
+
+
+@runtime_checkable
 class HasSelfAttention(Protocol):
     """A backbone whose tokens all attend to each other, in each of its blocks."""
 
