@@ -20,7 +20,11 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Images ``(B, C, H, W)`` to one vector ``(B, D)`` each, and to one for each patch."""
+    """Images ``(B, C, H, W)`` to one vector ``(B, D)`` each, and to one for each patch.
+
+    Where by its authors more than biases and one-dimensional parameters do not decay, it has
+    ``no_weight_decay() -> set[str]``, their names.
+    """
 
     embed_dim: int
     patch_size: int
@@ -38,14 +42,6 @@ class Backbone(Protocol):
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last ``n`` blocks, first to last, normalised, each ``(B, P+N, D)``."""
-
-
-@runtime_checkable
-class ExemptsFromDecay(Protocol):
-    """A backbone of whose parameters more than biases and one-dimensional ones do not decay."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Their names, as its authors have it."""
 
 
 @runtime_checkable

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dino_kit import sharding
-from dino_kit.backbones.interface import ExemptsFromDecay
 from dino_kit.errors import UserError
 from dino_kit.training.lars import LARS
 
@@ -36,8 +35,7 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 def split_by_decay(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The trainable parameters that weight decay applies to, and the others, by their names."""
-    backbone = getattr(network, "backbone", None)
-    exempt = backbone.no_weight_decay() if isinstance(backbone, ExemptsFromDecay) else set()
+    exempt = getattr(getattr(network, "backbone", None), "no_weight_decay", set)()
     exempt = {f"backbone.{name}" for name in exempt}
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     decayed = {
