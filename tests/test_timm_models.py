@@ -33,6 +33,7 @@ from dino_kit.errors import UserError
 from dino_kit.evaluators.attention import attention_maps, classattention_maps, to_tensor
 from dino_kit.evaluators.rollout import rollout
 from dino_kit.figures import colour_table, heat
+from dino_kit.training.compiling import compile_blocks
 from dino_kit.training.optim import split_by_decay
 
 # By family: a name, its native side here, options that make it small, and its prefix tokens.
@@ -489,6 +490,11 @@ def test_a_copy_and_a_pickle_are_backbones_of_their_own():
         for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
             backbone(pictures(backbone.image_size))  # whose grid is another one
             assert torch.equal(other(pictures(size)), expected), family
+
+
+def test_blocks_of_other_parts_are_not_compiled():
+    sentence = refusal(compile_blocks, built("swin"), torch.device("cpu"))
+    assert sentence.startswith("--compile compiles a block's attention and MLP, and timm:swin_tiny")
 
 
 def test_a_batch_norm_with_an_activation_keeps_it_when_synchronised():
