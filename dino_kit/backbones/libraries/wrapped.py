@@ -9,7 +9,7 @@ Legend: B batch, C channels, H and W pixels, N patches, P prefix tokens, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,8 @@ class LibraryBackbone(nn.Module):
         """One blank image of a side."""
         try:
             with in_eval_mode(self), torch.no_grad():
-                features = self.forward_features(self.blank(size))
+                self.keep_all()
+                features = self.read(self.blank(size))
         except Exception as error:  # each library has its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -227,13 +228,35 @@ def see_channels(model: nn.Module, in_chans: int) -> None:
     raise UserError(f"{type(model).__name__} begins with no convolution, and takes RGB images only.")
 
 
+def do_not_train_the_unused(backbone: LibraryBackbone) -> LibraryBackbone:
+    """Ask for no gradient of parameters that the pooled feature does not depend on.
+
+    A mask token is one, of a model that was made to be trained otherwise.
+    """
+    parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    with in_eval_mode(backbone), torch.enable_grad():
+        backbone.keep_all()
+        pooled = backbone.read(backbone.blank(backbone.image_size)).pooled
+        found = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    for parameter, gradient in zip(parameters.values(), found, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    return backbone
+
+
 def outputs_of(
-    modules: Iterable[nn.Module], model: nn.Module, images: Tensor
+    modules: Iterable[nn.Module], model: Callable[[Tensor], Any], images: Tensor, place: int = 0
 ) -> list[Tensor]:
-    """What each of ``modules`` gives out while ``model`` sees ``images``."""
+    """What each of ``modules`` gives out while ``model`` sees ``images``.
+
+    Where it gives out several things, that at ``place``.
+    """
     found: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, x: Any) -> None:
+        found[module] = x[place] if isinstance(x, tuple) else x
+
     modules = list(modules)
-    hooks = [m.register_forward_hook(lambda m, _, x: found.__setitem__(m, x)) for m in modules]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         model(images)
     finally:
