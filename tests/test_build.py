@@ -133,7 +133,10 @@ def test_the_older_name_of_vit_small():
     ("name", "options", "said"),
     [
         ("vit_smal", {}, "vit_small"),
-        ("resnet50", {}, "vit_base"),
+        ("resnet-50", {}, "did you mean resnet50"),
+        ("torchvision:resnet5", {}, "did you mean resnet50"),
+        ("torchvision:resnet50", {"depth": 3}, "torchvision:resnet50 cannot be built so: .*depth"),
+        ("torchvision:resnet50", {"weights": "DEFAULT"}, "is about weights"),
         ("vit_tiny", {"patchsize": 8}, "in_chans.*did you mean patch_size"),
         ("vit", {}, "embed_dim, depth, num_heads missing"),
         ("vit", {"embed_dim": 24, "depth": 2}, "num_heads missing"),

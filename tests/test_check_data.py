@@ -614,7 +614,7 @@ def test_a_recipe_of_another_precision_makes_way_for_a_flag(tmp_path):
         ([], "--data_path is missing."),
         (["vits8"], "vits8 is a recipe; name the images, too: dino-kit check-data vits8 FOLDER."),
         (["data", "--global_crops_size", "50"], "--global_crops_size 50 is not a multiple of"),
-        (["data", "--arch", "resnet50"], "resnet50 is an architecture of"),
+        (["data", "--arch", "resnet-50"], "did you mean resnet50?"),
         (["data", "--output_dir", "file"], "--output_dir file is a file; a folder is needed."),
         (["data", "--use_fp16", "true", "--precision", "bf16"], "contradicts --precision bf16"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_kit.cluster import submission
-from dino_kit.config import architectures, fields, recipe
+from dino_kit.config import arch_options, architectures, fields, recipe
 from dino_kit.config.commands import COMMANDS, ConfigConfig, train_part
 from dino_kit.config.crops import Crops
 from dino_kit.config.evaluate import AttentionConfig, Checkpoint, KnnConfig
@@ -119,20 +120,73 @@ def test_an_unknown_architecture_names_the_nearest():
     assert "vit_tiny, vit_small, vit_base, vit_large, vit," in refusal(TrainConfig, "arch", "zzz")
 
 
-def test_known_architectures_are_understood_and_not_built():
-    for name in ("resnet50", "xcit_small_12_p8"):
-        config = train(arch=name, global_crops_size=225, patch_size=16)  # a rule of ViTs only
-        assert config.arch == name
-        with pytest.raises(UserError, match=f"^{name} is an architecture of .* vit_small"):
-            architectures.require_buildable(config.arch)
-    architectures.require_buildable("deit_tiny")
+def test_names_of_the_reference_are_those_of_a_library():
+    for name, stands_for in [
+        ("resnet50", "torchvision:resnet50"),
+        ("xcit_small_12_p8", "timm:xcit_small_12_p8_224"),
+        ("deit_small", "vit_small"),
+    ]:
+        assert fields.convert(TrainConfig, "arch", name) == stands_for
+        assert architectures.family_of(name) is architectures.family_of(stands_for)
+    # What sizes pass is not known before the model is there.
+    assert train(arch="torchvision:resnet50", global_crops_size=225).known_patch_size is None
 
 
-def test_torchvision_has_the_architectures_that_are_said_to_be_its_own():
+def test_torchvision_and_timm_have_the_architectures_that_are_said_to_be_theirs():
+    import timm
     from torchvision import models
 
-    known = {name for name, home in architectures.KNOWN.items() if home == "torchvision"}
-    assert known <= set(models.list_models(module=models))
+    known = {
+        "torchvision": models.list_models(module=models),
+        "timm": timm.list_models(),
+    }
+    for name in architectures.ALIASES.values():
+        library, colon, own = name.partition(":")
+        assert not colon or own in known[library]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("timm:", "timm:NAME"), ("python:net", "python:PACKAGE.MODULE:CALLABLE"),
+     ("python:a b:net", "python:PACKAGE.MODULE:CALLABLE")],
+)  # fmt: skip
+def test_a_librarys_name_has_a_form(name, form):
+    assert refusal(TrainConfig, "arch", name).endswith(f"it is written {form}.")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["depth"], "takes words KEY=VALUE"),
+        (["a=[1"], "whose value is no YAML"),
+        (["a=1", "a=2"], "--arch_options has a twice."),
+        (["in_chans=4"], "--arch_options has in_chans, which --in_chans says; give that."),
+        (["img_size=4"], "which --global_crops_size says"),
+        (["pretrained=true"], "is about weights"),
+        (["checkpoint_path=x"], "is about weights"),
+    ],
+)
+def test_options_of_an_architecture_that_cannot_be_are_refused(words, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        values = {"arch": "timm:resnet50", "arch_options": words}
+        train(**{key: fields.convert(TrainConfig, key, value) for key, value in values.items()})
+
+
+def test_an_option_that_has_a_flag_is_refused():
+    with pytest.raises(UserError, match="--arch_options has depth, which a flag of that name"):
+        train(arch="vit", embed_dim=24, depth=2, num_heads=2, arch_options=("depth=3",))
+    assert train(arch="timm:resnet50", arch_options=("depth=3",)).arch_options == ("depth=3",)
+
+
+def test_values_of_options_are_what_they_are_in_a_recipe():
+    assert arch_options.pairs(["a=[2, 3]", "b=1e-5", "c=true", "d=gelu", "e="]) == {
+        "a": [2, 3], "b": 1e-5, "c": True, "d": "gelu", "e": None,
+    }  # fmt: skip
+
+
+def test_patches_of_a_library_are_its_own():
+    with pytest.raises(UserError, match="has patches of its own, so --patch_size cannot be given"):
+        train(arch="torchvision:resnet50", patch_size=8)
 
 
 def test_nearest_prefers_a_name_that_begins_as_the_given_one():
@@ -249,7 +303,7 @@ def configurations(draw) -> TrainConfig:
     """Any valid settings: each field anything that it takes, but where fields hang together."""
     values = {}
     together = ("arch", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
-                "reattention_blocks", "device", "in_chans", "normalize", "value_range")  # fmt: skip
+                "reattention_blocks", "arch_options", "device", "in_chans", "normalize", "value_range")  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         if field.name in together or field.name.endswith(("crops_size", "_scale", "_ratio")):
             continue
@@ -329,7 +383,7 @@ def test_any_path_survives_a_dump(path, recipe_file):
 
 def test_a_dump_is_grouped_and_tells_what_is_not_set():
     dumped = recipe.dump(fields.create(TrainConfig, {}, missing_ok=True))
-    assert "# Backbone\narch: vit_small\npatch_size: 16\n# embed_dim: by --arch\n" in dumped
+    assert "# Backbone\narch: vit_small\n# arch_options: none\npatch_size: 16\n# embed_dim" in dumped
     assert "# data_path: required\n" in dumped
     assert "global_crops_scale: [0.4, 1.0]\n" in dumped
 

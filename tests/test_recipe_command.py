@@ -166,7 +166,8 @@ def test_a_network_that_does_not_fit_ends_the_search(pictures, known, capsys, mo
         (["x", "--hours", "nan"], "--hours is 'nan'; it takes a number above 0."),
         (["x", "--total_batch_size", "0"], ("--total_batch_size is '0'; it takes a whole number "
                                             "from 1.")),
-        (["x", "--arch", "resnet50"], "resnet50 is an architecture of torchvision"),
+        (["x", "--arch", "resnet50"],
+         "--arch torchvision:resnet50 is a library's, whose recipes nobody here knows"),
         (["x", "--device", "gpu"], "--device is 'gpu'; it takes auto, cpu, cuda, cuda:N or mps."),
         (["nowhere"], "nowhere should be a folder of images, and there is nothing."),
         (["digit:x"], "digit:x is neither a path nor a known kind"),

@@ -513,10 +513,18 @@ def test_a_fault_is_one_sentence_and_writes_nothing(pictures, tmp_path, capsys, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_architecture_of_later_is_known_and_refused_in_a_sentence(tmp_path, capsys):
-    line = f"train --arch resnet50 --data_path {tmp_path} --output_dir {tmp_path / 'out'}"
+def test_an_architecture_that_takes_no_such_crops_names_those_it_takes(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")
+    line = (
+        f"train --arch maxvit_t --data_path {tmp_path / 'images'} --output_dir {tmp_path / 'out'} "
+        "--batch_size_per_gpu 1 --num_workers 0 --out_dim 16"
+    )
     assert cli.main(line.split()) == 2
-    assert "resnet50 is an architecture of torchvision" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "torchvision:maxvit_t takes no images of 96 pixels a side; near it, it takes 224;" in error
+    assert "--local_crops_number 0 does without local crops." in error
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
 
 
 def _negative(image, parameters):

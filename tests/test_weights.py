@@ -212,7 +212,7 @@ def test_an_old_name_in_the_arguments_is_understood(tmp_path):
         ({"mlp_ratio": 4.0}, r"--mlp_ratio 4.0 contradicts .* mlp_ratio 2\.5"),
         ({"num_heads": 3}, "--num_heads 3 contradicts .* of 2 heads"),
         ({"arch": "vit_small"}, "--arch vit_small contradicts .* says that it is vit"),
-        ({"arch": "resnet50"}, "does not build"),
+        ({"arch": "resnet50"}, "--arch resnet50 contradicts .* says that it is vit"),
         ({"which": "momentum"}, "no network 'momentum'; it holds student, teacher"),
     ],
 )
@@ -376,8 +376,9 @@ def test_every_named_architecture_is_known_by_its_tensors_alone(name):
     with torch.device("meta"):
         state = create_backbone(name, patch_size=8, image_size=16).state_dict()
     given = dict.fromkeys(
-        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
-    )
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
+         "arch_options")
+    )  # fmt: skip
     assert recognize(state, {}, None, given, "it").name == name
     with pytest.raises(UserError, match="--depth 5 contradicts it"):
         recognize(state, {}, None, {**given, "depth": 5}, "it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +75,13 @@ def require_sizes(backbone: nn.Module, sizes: Sequence[int], way_out: str = "") 
 
 
 def _library(name: str) -> ModuleType:
-    """The module that builds a library's models; imported when it is asked for."""
-    modules = {
-        "timm": "timm_models",
-        "torchvision": "torchvision_models",
-        "hf": "transformers_models",
-        "python": "own_callable",
-    }
-    return import_module(f"dino_kit.backbones.libraries.{modules[name]}")
+    """What builds a library's models; imported when it is asked for."""
+    if name == "timm":
+        from dino_kit.backbones.libraries import timm_models as library
+    elif name == "torchvision":
+        from dino_kit.backbones.libraries import torchvision_models as library
+    elif name == "hf":
+        from dino_kit.backbones.libraries import transformers_models as library
+    else:
+        from dino_kit.backbones.libraries import own_callable as library
+    return library

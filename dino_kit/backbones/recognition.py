@@ -73,11 +73,12 @@ def _library(said: Mapping[str, Any], arch: str | None, path: Path) -> str | Non
     """
     saved = _canonical(said, path)
     given = None if arch is None else architectures.canonical(arch)
-    if saved is not None and given not in (None, saved) and _is_library(saved):
+    libraries = [name for name in (saved, given) if name is not None and _is_library(name)]
+    if libraries and None not in (saved, given) and given != saved:
         raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
-    name = given or saved
-    if name is None or not _is_library(name):
+    if not libraries:
         return None
+    name = libraries[0]
     if name.startswith("python:") and given is None:
         # A file must not choose which code is run.
         raise UserError(
@@ -266,7 +267,7 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
-    if given["arch_options"] is not None:
+    if given.get("arch_options") is not None:
         raise UserError(
             f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from dino_kit import distributed, log
-from dino_kit.config import architectures
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import Interrupted, RunFailed
 
@@ -37,6 +36,7 @@ def run(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig) -> None:
     from dino_kit.assemble import assemble
+    from dino_kit.backbones.interface import HasSelfAttention
 
     run = assemble(config)
     run.train()
@@ -45,7 +45,7 @@ def _train(config: TrainConfig) -> None:
     else:
         log.say(f"done: {_newest(config)}; look at it with")
     log.say(f"  dino-kit knn {config.output_dir} --data_path FOLDER_WITH_LABELS")
-    page = "" if architectures.family_of(config.arch) is architectures.RESMLP else " --html"
+    page = " --html" if isinstance(run.learner.student.backbone, HasSelfAttention) else ""
     log.say(f"  dino-kit attention {config.output_dir} --image_path IMAGE{page}")
     log.say(f"  dino-kit report {config.output_dir}")
 

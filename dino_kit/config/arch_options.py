@@ -21,6 +21,7 @@ _FLAGS = {
 }
 # What an option of a library's model may be called by which it fetches or unpickles weights.
 _WEIGHTS = re.compile(r"pretrain|weights|checkpoint|cache_dir|ckpt|state_dict")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def check(word: str) -> str:
@@ -68,8 +69,11 @@ def _pair(word: str) -> tuple[str, Any]:
             f"--arch_options has {word!r}; it takes words KEY=VALUE, such as depths=[2,2,6,2]."
         )
     try:
-        return key, yaml.safe_load(value)
+        read = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(
             f"--arch_options has {word!r}, whose value is no YAML; write it as in a recipe."
         ) from error
+    if isinstance(read, str) and _NUMBER.fullmatch(read):
+        read = float(read)  # YAML takes 1e-5 for a word
+    return key, read

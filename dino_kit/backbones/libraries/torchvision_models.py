@@ -103,8 +103,10 @@ class _Map(LibraryBackbone):
 
     def read(self, images: Tensor) -> Features:
         (x,) = self._maps(images, 1)
-        pooled = self._normed(x.mean((2, 3), keepdim=True)).flatten(1)
-        return Features(pooled, self._normed(x).flatten(2).mT, tuple(x.shape[2:]))
+        patches, grid = self._normed(x).flatten(2).mT, tuple(x.shape[2:])
+        if self._is_swin:
+            return Features(patches.mean(dim=1), patches, grid)
+        return Features(self._normed(x.mean((2, 3), keepdim=True)).flatten(1), patches, grid)
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Of the last ``n`` of ``depth`` blocks, all of the last map's size, ``(B, N, D)``."""
