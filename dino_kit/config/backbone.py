@@ -27,7 +27,9 @@ class Backbone:
     arch_options: tuple[str, ...] | None = option(
         None,
         "Arguments of the architecture that have no flag: words KEY=VALUE, values as in YAML, such as "
-        "num_register_tokens=4 of a ViT. Of a library's model they go to the library.",
+        "num_register_tokens=4 of a ViT. Of a library's model they go to the library, of python: to "
+        "the callable but for two: without=PART takes a part out, as a classifier, and tokens=PART "
+        "names the part that gives out the tokens.",
         then=arch_options.check,
     )
     patch_size: int = option(

@@ -87,7 +87,9 @@ def build(
 
     size = image_size or _side(getattr(config, "image_size", None))
     kind = _GlobalAttention if _attends_globally(model, size, in_chans) else _Tokens
-    return do_not_train_the_unused(kind(model, title, size, in_chans))
+    backbone = kind(model, title, size, in_chans)
+    do_not_train_the_unused(backbone)
+    return backbone
 
 
 def _configuration(folder: str, title: str, image_size: int | None, **options: Any) -> Any:

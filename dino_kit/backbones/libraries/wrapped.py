@@ -228,8 +228,8 @@ def see_channels(model: nn.Module, in_chans: int) -> None:
     raise UserError(f"{type(model).__name__} begins with no convolution, and takes RGB images only.")
 
 
-def do_not_train_the_unused(backbone: LibraryBackbone) -> LibraryBackbone:
-    """Ask for no gradient of parameters that the pooled feature does not depend on.
+def do_not_train_the_unused(backbone: LibraryBackbone) -> list[str]:
+    """Ask for no gradient of parameters that the pooled feature does not depend on; their names.
 
     A mask token is one, of a model that was made to be trained otherwise.
     """
@@ -238,9 +238,10 @@ def do_not_train_the_unused(backbone: LibraryBackbone) -> LibraryBackbone:
         backbone.keep_all()
         pooled = backbone.read(backbone.blank(backbone.image_size)).pooled
         found = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
-    for parameter, gradient in zip(parameters.values(), found, strict=True):
-        parameter.requires_grad_(gradient is not None)
-    return backbone
+    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return [name.removeprefix(_PREFIX) for name in unused]
 
 
 def outputs_of(
