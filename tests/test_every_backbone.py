@@ -50,7 +50,7 @@ class Row(NamedTuple):
         crops = {"global_crops_size": self.sizes[0], "local_crops_size": self.sizes[1]}
         head = {"out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8}
         plan = {"drop_path_rate": 0.3, "batch_size_per_gpu": 4, "total_batch_size": 4, "epochs": 2,
-                "warmup_epochs": 1, "warmup_teacher_temp_epochs": 0}  # fmt: skip
+                "warmup_epochs": 1, "warmup_teacher_temp_epochs": 0, "lr": 0.1}  # fmt: skip
         read = {**own, **crops, **head, **plan, "data_path": "x", "output_dir": "y"}
         return fields.create(TrainConfig, read)
 
@@ -221,6 +221,9 @@ def test_shapes_at_three_sizes(row, learner):
 @every_row
 def test_gradients_reach_every_parameter_that_requires_one(row, learner):
     backbone = learner.student.backbone
+    with torch.no_grad():  # away from first weights, of which some close a branch by zeros
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     for size in row.sizes[:2]:
         pooled = backbone(_images(size))
         (pooled * torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -336,6 +339,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(count, monkeypatch)
         backbone = create_backbone(count.arch).eval()
         images = torch.zeros(1, 3, 224, 224)
         classifier = nn.Linear(backbone.embed_dim, 1000)
+    backbone.requires_grad_(False)  # or the counter would follow what has no backward pass
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         classifier(backbone.forward_features(images).pooled)

@@ -182,9 +182,9 @@ def test_prefix_tokens_that_the_model_says_are_believed(module):
         ("broken", {}, "fails: ZeroDivisionError: division by zero ("),
         ("nothing", {}, "returns int, and a torch.nn.Module is needed"),
         ("Net", {"depth": 3}, "cannot be called with img_size, channels, drop_path, depth: got an"),
-        ("net", {"gives": "odd"}, "it gives 18 tokens for 32 × 32 pixels, which are no grid"),
-        ("net", {"gives": "text"}, "it gives out str, which no rule reads"),
-        ("net", {"gives": "many"}, "it gives out tuple, which no rule reads"),
+        ("net", {"gives": "odd"}, "gives 18 tokens for 32 × 32 pixels, which are no grid"),
+        ("net", {"gives": "text"}, "gives out str, which no rule reads"),
+        ("net", {"gives": "many"}, "gives out tuple, which no rule reads"),
         ("net", {"gives": "flat"}, "which no rule reads"),
     ],
 )

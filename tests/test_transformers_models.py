@@ -197,7 +197,7 @@ def test_nothing_comes_from_the_network_and_no_code_beside_it_runs(built, monkey
     assert "cannot be built" in refusal(create_backbone, f"hf:{folder}")
     assert "none is fetched" in refusal(create_backbone, "hf:google/vit-base-patch16-224")
     pretrained = {"use_pretrained_backbone": True, "use_timm_backbone": True, "backbone": "resnet18"}
-    assert "takes no images" in refusal(built, "detr", pretrained)
+    assert "has no patch_size" in refusal(built, "detr", pretrained)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_nothing_comes_from_the_network_and_no_code_beside_it_runs(built, monkey
         ("vit", {}, {"num_channels": 1}, "which --in_chans says"),
         ("vit", {"num_hidden_layers": "two"}, {}, "cannot be built: "),
         ("bert", {"num_hidden_layers": 1}, {}, "takes no images of 32 pixels"),
-        ("vit_mae", _VIT, {}, "it gives 5 tokens for 4 × 4 patches"),
+        ("vit_mae", _VIT, {}, "gives 5 tokens for 4 × 4 patches"),
         ("no_such_kind", {}, {}, "cannot be built: "),
     ],
 )

@@ -215,9 +215,11 @@ class _Own(LibraryBackbone):
             (given,) = outputs_of([part], lambda x: seen.append(self.model(x)), images)
             (pooled,) = seen
         if not all(x is None or isinstance(x, Tensor) for x in (pooled, given)):
-            raise UserError(f"it gives out {type(given).__name__}, which no rule reads")
+            raise UserError(f"{self.name} gives out {type(given).__name__}, which no rule reads.")
         if pooled is not None and pooled.ndim != 2:
-            raise UserError(f"its pooled feature has the shape {tuple(pooled.shape)}, and not (B, D)")
+            raise UserError(
+                f"The pooled feature of {self.name} has the shape {tuple(pooled.shape)}, and not (B, D)."
+            )
         if given is None:
             return pooled, None, pooled[:, None][:, :0], (1, 1)
         prefix, patches, grid = self._split(given, images)
@@ -231,7 +233,9 @@ class _Own(LibraryBackbone):
             patches = x.flatten(2).mT
             return patches[:, :0], patches, tuple(x.shape[2:])
         if x.ndim != 3:
-            raise UserError(f"its tokens have the shape {tuple(x.shape)}, which no rule reads")
+            raise UserError(
+                f"The tokens of {self.name} have the shape {tuple(x.shape)}, which no rule reads."
+            )
         height, width = images.shape[2:]
         found = self.__dict__.get("num_prefix_tokens")  # at the native size
         said = getattr(self.model, "num_prefix_tokens", found)
@@ -242,9 +246,9 @@ class _Own(LibraryBackbone):
             if down and down * across == x.shape[1] - p:
                 return x[:, :p], x[:, p:], (down, across)
         raise UserError(
-            f"it gives {x.shape[1]} tokens for {height} × {width} pixels, which are no grid behind "
-            f"{'one or no' if said is None else said} prefix token; num_prefix_tokens of the model "
-            "says how many there are"
+            f"{self.name} gives {x.shape[1]} tokens for {height} × {width} pixels, which are no grid "
+            f"behind {'one or no' if said is None else said} prefix token; num_prefix_tokens of the "
+            "model says how many there are."
         )
 
 

@@ -212,7 +212,10 @@ class _Tokens(LibraryBackbone):
         x = _as_tokens(x)
         p = x.shape[1] - grid[0] * grid[1]
         if p < 0:
-            raise UserError(f"it gives {x.shape[1]} tokens for {grid[0]} × {grid[1]} patches")
+            raise UserError(
+                f"{self.name} gives {x.shape[1]} tokens for {grid[0]} × {grid[1]} patches, so which "
+                "they are is not known."
+            )
         patches = x[:, p:]
         for norm in self._norm_of_mean:
             return Features(norm(patches.mean(1)), norm(patches), grid)
@@ -241,7 +244,10 @@ class _Tokens(LibraryBackbone):
         config = self.model.config
         patch_size = getattr(config, "patch_size", None)
         if not isinstance(patch_size, int):
-            raise UserError("its configuration has no patch_size that tells the grid of its tokens")
+            raise UserError(
+                f"The configuration of {self.name} has no patch_size that tells the grid of its "
+                "tokens."
+            )
         if not hasattr(config, "depths"):
             return patch_grid(images, self.in_chans, patch_size)
         h, w = (-(-side // patch_size) for side in images.shape[2:])
