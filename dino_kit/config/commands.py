@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 
+from dino_kit.config.backbones import BackbonesConfig
 from dino_kit.config.bench import (
     BenchDataConfig,
     BenchFitConfig,
@@ -151,6 +152,12 @@ COMMANDS = {
         ),
         takes_recipe=True,
         missing_ok=True,
+    ),
+    "backbones": Command(
+        BackbonesConfig,
+        "dino_kit.commands.backbones:run",
+        "names of backbones, how large each is, and which maps it has",
+        ("dino-kit backbones", "dino-kit backbones 'timm:*swin*'"),
     ),
     "bench data": Command(
         BenchDataConfig,
