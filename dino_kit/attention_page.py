@@ -93,6 +93,7 @@ def page(
     exhibits: Sequence[Exhibit],
     colours: Mapping[str, np.ndarray],
     keep: float | None = None,
+    block: str = "the last block",
 ) -> str:
     """The page as HTML.
 
@@ -102,6 +103,7 @@ def page(
         exhibits: at least one; all of the same network.
         colours: tables ``(256, 3)`` uint8 by name, from low to high; the first is chosen at first.
         keep: the share of attention to which the slider is set at first; None is all of it.
+        block: which block of the network the maps are of.
     """
     first = exhibits[0]
     data = {
@@ -130,6 +132,8 @@ def page(
     filling = {
         "title": html.escape(title),
         "origin": html.escape(origin),
+        "block": html.escape(block),
+        "rest": "the class token" + " and the extra tokens" * (first.prefix > 1),
         # A name with "</script>" in it must not end the element that it stands in.
         "data": json.dumps(data, ensure_ascii=True).replace("<", "\\u003c"),
         "maps": "\n".join(maps),

@@ -48,6 +48,11 @@ def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
         UserError: one of them cannot be, here.
     """
     if device.type == "cuda":
+        if any("Act" in type(norm).__name__ for norm in batch_norms(network)):
+            # timm's, which an activation is part of, and which PyTorch would leave out.
+            from timm.layers import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(network)
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, module in network.named_children():
         if isinstance(module, nn.BatchNorm1d):

@@ -162,5 +162,9 @@ def _help_of(command: Command, field: Any, width: int) -> list[str]:
     if not (command.missing_ok and field.default is fields.REQUIRED):
         text = f"{text} {fields.describe_default(command.schema, field)}"
     indent = " " * 6
-    return [f"  {head}", *textwrap.wrap(text, width, initial_indent=indent,
-                                        subsequent_indent=indent, break_on_hyphens=False)]
+    # A long list of words goes on in the next line, after a comma.
+    heads = textwrap.wrap(head.replace(",", ", "), width, initial_indent="  ",
+                          subsequent_indent=indent, break_on_hyphens=False)
+    return [*(line.replace(", ", ",") for line in heads),
+            *textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent,
+                           break_on_hyphens=False)]

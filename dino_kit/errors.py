@@ -11,6 +11,13 @@ class UserError(Exception):
     """
 
 
+class NoSelfAttention(UserError, AttributeError):
+    """Attention was asked of a backbone that has none among all of its tokens.
+
+    For Python it is a missing attribute, as ``hasattr`` is to be false.
+    """
+
+
 class RunFailed(Exception):
     """A run that began well and had to stop, told in one sentence; the command ends with status 1."""
 

@@ -105,6 +105,7 @@ def save_attention(
     attention: np.ndarray,
     *,
     title: str,
+    block: str = "",
     masks: np.ndarray | None = None,
     keep: float | None = None,
     facts: Mapping[str, object] | None = None,
@@ -120,6 +121,7 @@ def save_attention(
         image: what the network saw, (H, W), RGB.
         attention: ``(heads, h, w)``, the class token's attention to each patch.
         title: stands above the sheet.
+        block: which one it is of, such as "block 3 of 0 to 11", where that is not the last.
         masks: ``(heads + 1, h, w)`` bool, of each head and of the mean.
         keep: the share of the attention that the masks hold.
         facts: plain values to store in ``attention.npz`` beside the maps.
@@ -138,7 +140,7 @@ def save_attention(
         pictures[f"overlay-{name}.png"] = overlay(image, one, colours)
     for name, mask in zip(names, masks if masks is not None else (), strict=False):
         pictures[f"mask_th{keep}_{name}.png"] = masked(image, mask)
-    overview = _overview(title, image, maps, colours)
+    overview = _overview(title, image, maps, colours, block)
     pictures = {"sheet.png": overview, **pictures}
     written = [save(folder / name, one) for name, one in pictures.items()]
     with files.atomic_write(folder / "attention.npz") as file:
@@ -147,7 +149,7 @@ def save_attention(
 
 
 def _overview(
-    title: str, image: Image.Image, maps: Sequence[np.ndarray], colours: np.ndarray
+    title: str, image: Image.Image, maps: Sequence[np.ndarray], colours: np.ndarray, block: str
 ) -> Image.Image:
     rows, columns = maps[0].shape
     size = panel_size(maps[0].shape)
@@ -155,13 +157,14 @@ def _overview(
     panels = [
         ("image", f"{image.height} × {image.width}", small),
         ("mean, on the image", "", overlay(small, maps[-1], colours)),
-        ("mean of heads", _peak(maps[-1]), heat(maps[-1], size, colours)),
+        ("mean of heads", peak(maps[-1]), heat(maps[-1], size, colours)),
     ]
     panels += [
-        (f"head {head}", _peak(one), heat(one, size, colours)) for head, one in enumerate(maps[:-1])
+        (f"head {head}", peak(one), heat(one, size, colours)) for head, one in enumerate(maps[:-1])
     ]
     subtitle = (
-        f"What the class token looks at, in {rows} × {columns} patches; brighter is more. "
+        f"What the class token looks at{block and f' in {block}'}, in {rows} × {columns} patches; "
+        "brighter is more. "
         "n×: the brightest gets n times the average."
     )
     return sheet(title, subtitle, panels)
@@ -179,7 +182,8 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size[::-1], Image.Resampling[("LANCZOS", "NEAREST")[enlarged]])
 
 
-def _peak(attention: np.ndarray) -> str:
+def peak(attention: np.ndarray) -> str:
+    """How many times the average of a map from 0 its brightest patch has, as a label."""
     even = float(attention.mean())
     times = float(attention.max()) / even if even > 0 else 0.0
     return f"{times:.0f}×" if times >= 10 else f"{times:.1f}×"

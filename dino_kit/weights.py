@@ -2,8 +2,9 @@
 
 Layouts: a run's checkpoint, as dino_kit or the reference writes it (networks under ``student`` and
 ``teacher``, prefixes ``module.`` and ``backbone.``, a head beside the backbone, settings under
-``config`` or ``args``), and the bare tensors of a backbone. What a file says of its architecture is
-held against its tensors' shapes, and what the caller says against both.
+``config`` or ``args``), the bare tensors of a backbone, and the same under ``state_dict_ema``, as
+the authors of CSWin publish them. What a file says of its architecture is held against its tensors'
+shapes, and what the caller says against both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from dino_kit import files
 from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
-from dino_kit.backbones.recognition import some
+from dino_kit.backbones.tensor_sizes import some
 from dino_kit.config.pixels import AUTO, check_normalize, check_value_range
 from dino_kit.data.augment import eval_sizes
 from dino_kit.data.pixels import RGB, Pixels
@@ -26,6 +27,9 @@ from dino_kit.errors import UserError
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD, statistics
 
 NEWEST = "checkpoint.pth"
+_PUBLISHED = "state_dict_ema"  # under which code that trains by timm publishes a network
+# What libraries call that which classifies; of it a backbone may have a norm.
+_CLASSIFIERS = ("head", "heads", "head_dist", "fc", "classifier")
 
 
 class EvalTransform(NamedTuple):
@@ -115,7 +119,8 @@ def load(
         arch: an architecture's name; like all sizes needed only where the file does not tell.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, mlp_grid: as for
             ``create_backbone``.
-        arch_options: ``KEY=VALUE`` of a library's model; see :mod:`~dino_kit.config.arch_options`.
+        arch_options: ``KEY=VALUE`` of a library's model or a CSWin Transformer; see
+            :mod:`~dino_kit.config.arch_options`.
         exif, value_range, normalize: what images become, as flags of ``dino-kit train`` say it.
 
     Raises:
@@ -141,7 +146,7 @@ def load(
     # First weights are drawn only to be replaced, so the caller's random numbers are left alone.
     with torch.random.fork_rng(devices=[]):
         backbone = create_backbone(built_as, **sizes)
-    matched = _fill(backbone, state, path)
+    matched = _fill(backbone, _for_backbone(state, backbone), path)
     return Loaded(
         backbone.eval(),
         _transform(said, backbone, exif, value_range, normalize, path),
@@ -177,6 +182,7 @@ def _network(
 ) -> tuple[dict[str, Any], str | None]:
     """The backbone's tensors by their own names, and which network they are of."""
     networks = [key for key, value in content.items() if _is_network(value)]
+    which = _PUBLISHED if networks == [_PUBLISHED] else which
     if which in networks:
         state: Mapping[str, Any] = content[which]
     elif networks:
@@ -188,12 +194,11 @@ def _network(
         state, which = content, None
     else:
         raise UserError(f"{path} holds no weights; what it holds: {some(content) or 'nothing'}.")
-    backbone = {}
-    for name, value in state.items():
-        name = str(name).removeprefix("module.").removeprefix("backbone.")
-        if not name.startswith("head."):
-            backbone[name] = value
-    return backbone, which
+    named = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith("backbone.") for name in named):
+        # Beside it is DINO's head; a head within it may be the backbone's own, as a ConvNeXt's.
+        named = {name: value for name, value in named.items() if not name.startswith("head.")}
+    return {name.removeprefix("backbone."): value for name, value in named.items()}, which
 
 
 def _is_network(value: Any) -> bool:
@@ -247,7 +252,24 @@ def _contradict(name: str, given: Any, said: Any, path: Path) -> NoReturn:
     raise UserError(f"--{name} {given} contradicts {path}, which says {name} {said}.")
 
 
-def _fill(backbone: nn.Module, state: dict[str, Any], path: Path) -> int:
+def _for_backbone(state: Mapping[str, Any], backbone: nn.Module) -> Mapping[str, Any]:
+    """``state`` by the backbone's names, where it knows others too, and without a classifier."""
+    wanted = set(backbone.state_dict())
+
+    def without_classifier(state: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in state.items()
+            if name in wanted or name.partition(".")[0] not in _CLASSIFIERS
+        }
+
+    own = without_classifier(state)
+    if set(own) != wanted and hasattr(backbone, "from_published"):
+        return without_classifier(backbone.from_published(state))
+    return own
+
+
+def _fill(backbone: nn.Module, state: Mapping[str, Any], path: Path) -> int:
     """Load ``state`` strictly; return the number of tensors."""
     wanted = backbone.state_dict()
     missing = [name for name in wanted if name not in state]

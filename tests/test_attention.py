@@ -150,16 +150,20 @@ def test_maps_are_float32_under_autocast_too(backbone):
 class Recorded(nn.Module):
     """A network of two prefix tokens with given maps, which notes how it was called."""
 
-    patch_size, num_prefix_tokens = 2, 2
+    patch_size, num_prefix_tokens, depth = 2, 2, 4
 
     def __init__(self, maps: torch.Tensor, error: Exception | None = None):
         super().__init__()
         self.inner, self.maps, self.error, self.calls = nn.Dropout(), maps, error, []
 
     def get_last_selfattention(self, images):
+        return self.get_selfattention(images, -1)
+
+    def get_selfattention(self, images, block):
         self.calls.append((self.training, self.inner.training, torch.is_grad_enabled()))
         if self.error:
             raise self.error
+        self.block = block
         return self.maps[None]
 
 
@@ -169,6 +173,15 @@ def test_every_prefix_token_is_told_from_the_patches():
     assert torch.equal(attention_rows(network, picture(4, 6)), maps[:, :, 2:])
     expected = maps[:, 0, 2:].reshape(3, 2, 3)
     assert torch.equal(attention_maps(network, picture(4, 6)), expected)
+
+
+def test_the_last_block_s_attention_is_asked_for_unless_another_is_named():
+    for look in (attention_rows, attention_maps):
+        network = Recorded(torch.ones(3, 8, 8))
+        look(network, picture(4, 6))
+        assert network.block == -1
+        look(network, picture(4, 6), 2)
+        assert network.block == 2
 
 
 @pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False), (False, True)])
@@ -234,7 +247,7 @@ def test_other_errors_of_the_network_are_not_explained_away():
     "call", [require_attention, lambda network: attention_maps(network, picture(4, 4))]
 )
 def test_a_network_without_attention_is_refused(call):
-    with pytest.raises(UserError, match="^Conv2d has no self-attention among all .*has them.$"):
+    with pytest.raises(UserError, match="^Conv2d has no self-attention among all .*to the pooled feature.$"):
         call(nn.Conv2d(3, 3, 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shlex
@@ -21,7 +22,13 @@ from dino_kit.data.sources.folder import FolderSource
 from dino_kit.data.sources.lists import ListSource
 from dino_kit.data.sources.objects import DatasetSource
 from dino_kit.evaluators import attention
-from dino_kit.evaluators.attention import attention_maps, fit, threshold_mask, to_tensor
+from dino_kit.evaluators.attention import (
+    attention_maps,
+    attention_rows,
+    fit,
+    threshold_mask,
+    to_tensor,
+)
 from dino_kit.evaluators.gallery import Picture, show
 from dino_kit.figures import masked
 
@@ -179,6 +186,42 @@ def test_a_page_of_many_images_has_the_first_with_fewer_patches(
     assert data["images"][0]["note"].endswith("in 1 × 3 patches, not in the 3 × 5 of its pictures.")
     assert maps_in(small / "run/attention/a.bmp").shape == (2, 3, 5)
     assert "attention.html (it has the first 2 images)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block, place", [("0", 0), ("-2", 0), ("1", 1), ("-1", 1)])
+def test_another_block_than_the_last_is_shown_and_named(small, block, place):
+    assert command(small, "--block", block, "--html") == 0
+    folder = small / "run/attention/photo"
+    with Image.open(small / "photo.png") as image:
+        seen = to_tensor(fit(image, (16, 16), 4))
+    maps = [attention_maps(build(), seen, n) for n in range(2)]
+    assert not torch.equal(*maps)
+    assert torch.equal(maps_in(folder), maps[place])
+    assert json.loads((folder / "attention.json").read_text("utf-8"))["block"] == place
+    page = (folder / "attention.html").read_text("utf-8")
+    which = ("block 0 of 0 to 1", "the last block")[place]
+    assert f"Shown is the attention of {which} after the softmax" in page
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    scales = np.frombuffer(base64.b64decode(data["images"][0]["scales"]), "<f4").reshape(2, 17)
+    assert np.array_equal(scales, attention_rows(build(), seen, place).max(dim=2)[0])
+    sheet = (folder / "sheet.png").read_bytes()
+    assert command(small) == 0
+    assert (sheet == (folder / "sheet.png").read_bytes()) == bool(place)
+
+
+def test_registers_are_no_patches_in_pictures_or_on_the_page(small):
+    backbone = build(num_register_tokens=3, layer_scale=0.5)
+    save_checkpoint(small / "run/checkpoint.pth", backbone)
+    assert command(small, "--html") == 0
+    folder = small / "run/attention/photo"
+    with Image.open(small / "photo.png") as image:
+        seen = to_tensor(fit(image, (16, 16), 4))
+    whole = backbone.get_last_selfattention(seen[None])[0].detach()
+    assert torch.allclose(maps_in(folder), whole[:, 0, 4:].unflatten(1, (4, 4)), atol=1e-6)
+    page = (folder / "attention.html").read_text("utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["prefix"] == ["Class token", "Extra token 1", "Extra token 2", "Extra token 3"]
+    assert "goes to the class token and the extra tokens." in page
 
 
 def test_masks_hold_the_share_that_was_asked_for(small):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from dino_kit.backbones.interface import (
     HasTokenMixing,
 )
 from dino_kit.config import architectures
-from dino_kit.errors import UserError
+from dino_kit.errors import NoSelfAttention, UserError
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -26,6 +28,18 @@ def test_published_numbers_of_parameters(name, millions):
     with torch.device("meta"):
         network = create_backbone(name)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16, 32])
+@pytest.mark.parametrize(
+    ("name", "millions", "hidden"), [("vit_huge", 631, 5120), ("vit_giant", 1840, 8192)]
+)
+def test_published_numbers_of_parameters_of_the_largest(name, millions, hidden, patch_size):
+    with torch.device("meta"):
+        network = create_backbone(name, patch_size=patch_size)
+    assert network.image_size % patch_size == 0 and network.patch_size == patch_size
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert {block.mlp.fc1.out_features for block in network.blocks} == {hidden}
 
 
 @pytest.mark.parametrize(
@@ -54,12 +68,20 @@ def test_the_table_builds_what_the_configuration_calls_buildable():
     assert set(BACKBONES) == set(architectures.BUILDABLE)
 
 
+# What has stages is no two blocks deep; its own tests try the same.
+OF_BLOCKS = [name for name in BACKBONES if architectures.family_of(name) is not architectures.CSWIN]
+
+
 def small(name: str, **options):
     """The architecture of that name, two blocks deep, with weights that are not its first."""
+    family = architectures.family_of(name)
     own = {} if "resmlp" in name else {"num_heads": 2}
     if "deepvit" in name:
         own["reattention_blocks"] = 1
-    sizes = {"embed_dim": 24, "depth": 2, "image_size": 32, "patch_size": 8, **own}
+    if family.takes_patch_size:
+        own["patch_size"] = 8
+    image_size = 4 * (family.patch_size or 8)
+    sizes = {"embed_dim": 24, "depth": 2, "image_size": image_size, **own}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = create_backbone(name, **{**sizes, **options})
@@ -69,13 +91,12 @@ def small(name: str, **options):
     return network
 
 
-@pytest.mark.parametrize("size", [(32, 32), (32, 16), (8, 8), (40, 64)])
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_keeps_the_interface(name, size):
+@pytest.mark.parametrize("grid", [(4, 4), (4, 2), (1, 1), (5, 8)])
+@pytest.mark.parametrize("name", OF_BLOCKS)
+def test_every_backbone_keeps_the_interface(name, grid):
     network = small(name)
     assert isinstance(network, Backbone)
-    images = torch.randn(2, 3, *size)
-    grid = (size[0] // 8, size[1] // 8)
+    images = torch.randn(2, 3, *(side * network.patch_size for side in grid))
     patches = grid[0] * grid[1]
     features = network.forward_features(images)
     assert network(images).shape == features.pooled.shape == (2, network.embed_dim)
@@ -92,7 +113,10 @@ def test_every_backbone_keeps_the_interface(name, size):
     assert isinstance(network, HasSelfAttention | HasTokenMixing | HasReAttention)
     if isinstance(network, HasSelfAttention):
         tokens = prefix + patches
-        assert network.get_last_selfattention(images).shape == (2, 2, tokens, tokens)
+        last = network.get_last_selfattention(images)
+        assert network.depth == 2 and last.shape == (2, 2, tokens, tokens)
+        torch.testing.assert_close(network.get_selfattention(images, -1), last)
+        assert network.get_selfattention(images, 0).shape == last.shape
     if isinstance(network, HasReAttention):
         tokens = prefix + patches
         assert network.get_last_reattention(images).shape == (2, 2, tokens, tokens)
@@ -100,12 +124,12 @@ def test_every_backbone_keeps_the_interface(name, size):
         assert network.get_last_mixing(features.grid).shape == (patches, patches)
 
 
-@pytest.mark.parametrize("size", [32, 16])
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
+@pytest.mark.parametrize("side", [4, 2])
+@pytest.mark.parametrize("name", OF_BLOCKS)
+def test_every_backbone_drops_the_branches_that_it_is_told_to(name, side):
     network = small(name, drop_path_rate=0.5)
     assert len(network.drop_path_rates) == 4 and network.drop_path_rates[-2:] == (0.5, 0.5)
-    images = torch.randn(3, 3, size, size)
+    images = torch.randn(3, 3, side * network.patch_size, side * network.patch_size)
     keep = torch.ones(4, 3, dtype=torch.bool)
     torch.testing.assert_close(small(name)(images, keep), small(name)(images))
     keep[:, 1] = False  # the second image passes through no block
@@ -116,6 +140,19 @@ def test_every_backbone_drops_the_branches_that_it_is_told_to(name, size):
     assert not torch.allclose(dropped[0], network(images)[0], atol=1e-3)
     dropped.square().sum().backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+def test_a_vision_transformer_takes_registers_and_layer_scale():
+    network = small("vit_tiny", num_register_tokens=4, layer_scale=1e-5)
+    images = torch.randn(2, 3, 16, 24)
+    assert network.num_prefix_tokens == 5
+    assert network.forward_features(images).patches.shape == (2, 6, 24)
+    assert network.get_last_selfattention(images).shape == (2, 2, 11, 11)
+    (layer,) = network.get_intermediate_layers(images)
+    assert layer.shape == (2, 11, 24)
+    torch.testing.assert_close(network(images), layer[:, 0])
+    with pytest.raises(UserError, match="deepvit has no option 'num_register_tokens'"):
+        create_backbone("deepvit", **SIZES, num_register_tokens=4)
 
 
 def test_options_go_before_the_sizes_of_the_name():
@@ -151,3 +188,26 @@ def test_the_older_name_of_vit_small():
 def test_what_cannot_be_built_is_refused(name, options, said):
     with pytest.raises(UserError, match=said):
         create_backbone(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("resmlp", {"embed_dim": 8, "depth": 1},
+         "ResMLP has no self-attention among all of its tokens; --maps mixing shows rows of its last "
+         "token mixing, and --maps similarity shows the similarity of each patch"),
+        ("deepvit", {"embed_dim": 8, "depth": 1, "num_heads": 2},
+         "DeepViT mixes and normalises its maps after the softmax, so that they are no "
+         "self-attention; --maps reattention shows"),
+        ("resnet18", {}, "torchvision:resnet18 has no self-attention among all of its tokens; --maps "
+                         "similarity shows"),
+    ],
+)  # fmt: skip
+def test_who_asks_for_attention_that_is_not_there_is_told_what_is(name, options, said):
+    backbone = create_backbone(name, image_size=32, **options)
+    for attribute in ("get_last_selfattention", "get_selfattention"):
+        with pytest.raises(NoSelfAttention, match=re.escape(said)):
+            getattr(backbone, attribute)
+        assert not hasattr(backbone, attribute)
+    with pytest.raises(AttributeError, match="no attribute 'attention'"):
+        backbone.attention  # noqa: B018

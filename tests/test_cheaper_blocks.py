@@ -54,8 +54,9 @@ def test_blocks_computed_twice_keep_no_activations(arch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_give_the_same_run_under_the_same_names():
-    plain, compiled = learner(), learner()
+@pytest.mark.parametrize("arch", ["vit", "vit, registers"])
+def test_compiled_blocks_give_the_same_run_under_the_same_names(arch):
+    plain, compiled = (learner(arch=arch) for _ in range(2))
     for network in (compiled.student, compiled.teacher):
         compiling.compile_blocks(network.backbone, torch.device("cpu"))
     expected, got = two_steps(plain), two_steps(compiled)

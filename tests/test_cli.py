@@ -81,7 +81,9 @@ def test_a_published_command_line_is_understood(line):
 
 def test_a_published_command_line_means_what_it_meant():
     resnet = parse(REFERENCE["resnet"])
-    assert (resnet.arch, resnet.optimizer, resnet.lr) == ("resnet50", "sgd", 0.03)
+    assert (resnet.arch, resnet.optimizer, resnet.lr) == (
+        "torchvision:resnet50", "sgd", 0.03
+    )
     assert (resnet.global_crops_scale, resnet.local_crops_scale) == ((0.14, 1), (0.05, 0.14))
     full = parse(REFERENCE["every flag"])
     assert (full.arch, full.norm_last_layer, full.use_bn_in_head) == ("vit_small", False, True)
@@ -271,7 +273,7 @@ def test_help_and_errors_do_not_import_torch():
         (["train", "--help"], 0),
         (["train", "--lr", "x"], 2),
         (["train", "vits8"], 2),
-        (["train", "--arch", "resnet50", "--data_path", "x", "--output_dir", "y"], 2),
+        (["train", "--arch", "resnet-50", "--data_path", "x", "--output_dir", "y"], 2),
         (["train", "vits8", "--use_fp16", "1", "--precision", "bf16"], 2),
         (["knn", "--zzz"], 2),
         (["config", "vits8"], 0),
@@ -425,7 +427,7 @@ def test_config_prints_a_recipe_that_reads_back_to_the_same(capsys, tmp_path):
     again = parse(f"train {tmp_path}/mine.yaml {PATHS}")
     assert again == parse(f"train vits8 --epochs 3 --blur_prob 0 {PATHS}")
     assert cli.main(["config", "--arch", "resnet50"]) == 0
-    assert "arch: resnet50\n" in capsys.readouterr().out
+    assert "arch: torchvision:resnet50\n" in capsys.readouterr().out
 
 
 def test_config_shows_what_differs(capsys, tmp_path):
@@ -441,6 +443,10 @@ def test_config_shows_what_differs(capsys, tmp_path):
     assert re.search(r"blur_radius_max\W+2\W+0\.5\b", shown)  # once for all views
     assert re.search(r"data_path\W+not set\W+images\b", shown)
     assert "none" not in shown
+    (tmp_path / "giant.yaml").write_text("arch: vit_giant\n")
+    words = ["config", *mine, "--mlp_ratio", "3", "--diff", str(tmp_path / "giant.yaml")]
+    assert cli.main(words) == 0
+    assert re.search(r"mlp_ratio\W+4\.92308\W+3\b", capsys.readouterr().out)
     assert cli.main(["config", "vits8", "--diff", "vits8"]) == 0
     assert capsys.readouterr().out == "no difference from vits8\n"
     (tmp_path / "mine.yaml").write_text("diff: vits8\n")

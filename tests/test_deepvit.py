@@ -166,7 +166,7 @@ def test_the_last_maps_have_a_sign_and_are_no_attention():
     assert maps.shape == (3, 2, 17, 17) and (maps < 0).any()
     assert isinstance(network, HasReAttention) and not isinstance(network, HasSelfAttention)
     assert not hasattr(network, "get_last_selfattention") and is_made_for_one_size(network)
-    with pytest.raises(UserError, match="no self-attention; get_last_reattention has them"):
+    with pytest.raises(UserError, match="no self-attention; --maps reattention shows"):
         require_attention(network)
 
 

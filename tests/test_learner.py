@@ -21,6 +21,7 @@ IMAGES, PROTOTYPES = 16, 32
 
 ARCHITECTURES = {
     "vit": {"num_heads": 2},
+    "vit, registers": {"num_heads": 2, "num_register_tokens": 3, "layer_scale": 0.1},
     "resmlp": {},
     "resmlp, resized": {"mlp_grid": "resize"},
     "deepvit": {"num_heads": 2, "reattention_blocks": 2},
@@ -100,7 +101,8 @@ def assert_close(name: str, one: torch.Tensor, other: torch.Tensor, width: int =
 
 @pytest.mark.parametrize(
     "arch, centering",
-    [("vit", "center"), ("vit", "sinkhorn"), ("resmlp", "center"), ("resmlp, resized", "center")],
+    [("vit", "center"), ("vit", "sinkhorn"), ("vit, registers", "center"), ("resmlp", "center"),
+     ("resmlp, resized", "center")],
 )
 @pytest.mark.parametrize("sizes", [[8, 8], [6, 5, 5], [1] * IMAGES])
 def test_accumulation_is_the_same_run(arch, centering, sizes):

@@ -87,6 +87,17 @@ def test_of_several_blocks_the_average_comes_last(backbone):
     )
 
 
+@torch.no_grad()
+def test_registers_are_no_patches_and_have_no_part_in_the_average():
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": WIDTH, "depth": 3, "num_heads": 2}
+    backbone = create_backbone("vit", num_register_tokens=4, **sizes)
+    features, images = LinearFeatures(backbone, 2, True), torch.randn(5, 3, 16, 16)
+    before, last = backbone.get_intermediate_layers(images, 2)
+    expected = torch.cat((before[:, 0], last[:, 0], last[:, -16:].mean(dim=1)), dim=1)
+    torch.testing.assert_close(features(images), expected)
+    assert not torch.allclose(expected[:, -WIDTH:], last[:, 1:].mean(dim=1), atol=1e-4)
+
+
 class WithoutPrefix(nn.Module):
     """Blocks of patches only, the n-th from the end all n."""
 

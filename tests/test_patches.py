@@ -1,4 +1,4 @@
-"""Patches of networks without attention: similarity to the pooled feature, and token mixing."""
+"""Patches besides attention: similarity to the pooled feature, rollout and token mixing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from torch import nn
 from dino_kit import cli
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Features
+from dino_kit.backbones.maps import available
 from dino_kit.errors import UserError
 from dino_kit.evaluators.attention import fit, to_tensor
 from dino_kit.evaluators.gallery import Picture
-from dino_kit.evaluators.patches import available, look, mixing_rows, show, similarity_map, spread
+from dino_kit.evaluators.patches import look, mixing_rows, show, similarity_map, spread
+from dino_kit.evaluators.rollout import rollout_map
 from dino_kit.figures import colour_table, heat, overlay
-from dino_kit.patch_figures import SIGNED_COLOURS, save_patches, signed
+from dino_kit.patch_figures import (
+    SIGNED_COLOURS,
+    mixing,
+    rollout,
+    save_patches,
+    signed,
+    similarity,
+)
 
 SIZES = {"patch_size": 4, "image_size": 16, "embed_dim": 24, "depth": 2}
 COLOURS = colour_table(SIGNED_COLOURS)
@@ -45,7 +54,7 @@ def picture(rows: int, columns: int) -> torch.Tensor:
 
 
 def test_every_network_has_a_similarity_and_says_what_else():
-    assert available(build("vit")) == ("attention", "similarity")
+    assert available(build("vit")) == ("attention", "rollout", "similarity")
     deepvit = build("deepvit", num_heads=2)
     assert available(deepvit) == ("reattention", "similarity")
     assert available(build("resmlp")) == ("mixing", "similarity")
@@ -160,10 +169,10 @@ def photo(rows: int, columns: int) -> Image.Image:
 
 def test_every_picture_and_the_numbers_are_written(tmp_path):
     rng, image, places = np.random.default_rng(0), photo(24, 40), [(0, 1), (2, 4)]
-    similarity = rng.uniform(-1, 1, (3, 5)).astype("f4")
+    cosines = rng.uniform(-1, 1, (3, 5)).astype("f4")
     rows = rng.normal(0, 1, (2, 3, 5)).astype("f4")
-    paths = save_patches(tmp_path / "new", image, title="picture", similarity=similarity,
-                         mixing=(places, rows), facts={"epoch": 7})  # fmt: skip
+    parts = [similarity(image, cosines), mixing(image, places, rows)]
+    paths = save_patches(tmp_path / "new", image, parts, title="picture", facts={"epoch": 7})
     names = ["mixing-row1-column2.png", "mixing-row3-column5.png"]
     assert [path.name for path in paths] == [
         "sheet.png", "img.png", "similarity.png", "overlay-similarity.png", *names, "patches.npz",
@@ -177,13 +186,13 @@ def test_every_picture_and_the_numbers_are_written(tmp_path):
 
     inferno = colour_table()
     assert np.array_equal(read("img.png"), image)
-    assert np.array_equal(read("similarity.png"), heat(similarity, (24, 40), inferno))
-    assert np.array_equal(read("overlay-similarity.png"), overlay(image, similarity, inferno))
+    assert np.array_equal(read("similarity.png"), heat(cosines, (24, 40), inferno))
+    assert np.array_equal(read("overlay-similarity.png"), overlay(image, cosines, inferno))
     for name, place, row in zip(names, places, rows, strict=True):
         assert np.array_equal(read(name), signed(row, (24, 40), COLOURS, place))
     with np.load(paths[-1]) as arrays:
         assert set(arrays.files) == {"similarity", "mixing", "mixing_patches", "epoch"}
-        assert np.array_equal(arrays["similarity"], similarity)
+        assert np.array_equal(arrays["similarity"], cosines)
         assert np.array_equal(arrays["mixing"], rows)
         assert arrays["mixing_patches"].tolist() == [[0, 1], [2, 4]]
 
@@ -193,12 +202,10 @@ def test_every_picture_and_the_numbers_are_written(tmp_path):
 def test_a_sheet_has_the_rows_as_their_patches_lie_and_every_map(tmp_path, grid, kinds):
     rng, places = np.random.default_rng(0), spread(grid)
     rows = rng.normal(0, 1, (len(places), *grid)).astype("f4")
-    similarity = rng.uniform(-1, 1, grid).astype("f4")
-    paths = save_patches(
-        tmp_path, photo(grid[0] * 4, grid[1] * 4), title="picture",
-        similarity=similarity if "similarity" in kinds else None,
-        mixing=(places, rows) if "mixing" in kinds else None,
-    )  # fmt: skip
+    cosines, image = rng.uniform(-1, 1, grid).astype("f4"), photo(grid[0] * 4, grid[1] * 4)
+    parts = {"similarity": similarity(image, cosines), "mixing": mixing(image, places, rows)}
+    shown = [part for kind, part in parts.items() if kind in kinds]
+    paths = save_patches(tmp_path, image, shown, title="picture")
     with Image.open(paths[0]) as one:
         pixels = np.asarray(one)
     patch = max(1, round(232 / max(grid)))
@@ -207,7 +214,7 @@ def test_a_sheet_has_the_rows_as_their_patches_lie_and_every_map(tmp_path, grid,
     if "mixing" in kinds:
         panels = [signed(row, size, COLOURS, at) for at, row in zip(places, rows, strict=True)]
     if "similarity" in kinds:
-        panels.append(heat(similarity, size, colour_table()))
+        panels.append(heat(cosines, size, colour_table()))
     for panel in map(np.asarray, panels):
         found = np.argwhere((pixels == panel[0, 0]).all(axis=-1))
         corner = next(
@@ -288,6 +295,29 @@ def test_a_vit_has_a_similarity_too(small):
     assert below(small / "out") == {*WRITTEN, "attention.json"}
 
 
+def test_a_vit_s_rollout_is_shown_as_one_map(small):
+    save(small, "vit")
+    assert command(small, "--maps", "rollout") == 0
+    folder = small / "run/attention/photo"
+    assert below(folder) == ALWAYS | {"rollout.png", "overlay-rollout.png"}
+    record = json.loads((folder / "attention.json").read_text("utf-8"))
+    assert record["maps"] == ["rollout"] and record["block"] is None
+    with Image.open(small / "photo.png") as image:
+        sight = fit(image, (16, 16), 4)
+    expected = rollout_map(build("vit"), to_tensor(sight)).numpy()
+    with np.load(folder / "patches.npz") as arrays:
+        assert arrays.files == ["rollout"] and np.array_equal(arrays["rollout"], expected)
+    with Image.open(folder / "sheet.png") as one, Image.open(folder / "rollout.png") as raw:
+        assert np.array_equal(raw, heat(expected, (16, 16), colour_table()))
+        drawn = np.asarray(one)
+    panel = np.asarray(heat(expected, (232, 232), colour_table()))
+    rows, columns = np.nonzero((drawn[:-231, :-231] == panel[0, 0]).all(axis=-1))
+    assert any(
+        np.array_equal(drawn[row : row + 232, column : column + 232], panel)
+        for row, column in zip(rows, columns, strict=True)
+    )
+
+
 def test_a_resmlp_is_looked_at_in_the_size_that_its_mixing_is_made_for(small):
     save(small, "resmlp", image_size=112)
     assert command(small, "--output_dir", small / "out") == 0
@@ -326,7 +356,18 @@ def test_a_folder_of_images_leaves_out_what_cannot_be_shown(small, capsys, monke
         ("resmlp", ["--maps", "attention"], ("ResMLP has no self-attention, so --maps attention has "
          "nothing to show; it takes mixing or similarity here.")),
         ("vit", ["--maps", "mixing"], ("VisionTransformer has no token mixing by a matrix, so --maps "
-         "mixing has nothing to show; it takes attention or similarity here.")),
+         "mixing has nothing to show; it takes attention, rollout or similarity here.")),
+        ("resmlp", ["--maps", "rollout"], ("ResMLP has no self-attention, so --maps rollout has "
+         "nothing to show; it takes mixing or similarity here.")),
+        ("vit", ["--maps", "rollout", "--html"],
+         "--html is for attention maps, and --maps is rollout; leave it out."),
+        ("vit", ["--maps", "rollout", "--block", "0"],
+         "--block is for attention maps, and --maps is rollout; leave it out."),
+        ("resmlp", ["--block", "-1"],
+         "--block is for attention maps, and ResMLP has no self-attention; leave it out."),
+        ("vit", ["--block", "2"], "There is no block 2; in a network of depth 2 they are 0 to 1, or"),
+        ("vit", ["--block", "-3"], "There is no block -3; in a network of depth 2"),
+        ("vit", ["--block", "last"], "--block is 'last'; it takes a whole number."),
         ("resmlp", ["--html"],
          "--html is for attention maps, and ResMLP has no self-attention; leave it out."),
         ("resmlp", ["--threshold", "0.6"],
@@ -334,8 +375,8 @@ def test_a_folder_of_images_leaves_out_what_cannot_be_shown(small, capsys, monke
         ("vit", ["--maps", "similarity", "--html"],
          "--html is for attention maps, and --maps is similarity; leave it out."),
         ("resmlp", ["--maps", "heads"],
-         "--maps is 'heads'; it takes one of attention, reattention, mixing, "
-         "similarity."),
+         "--maps is 'heads'; it takes one of attention, rollout, reattention, classattention, "
+         "mixing, similarity."),
         ("resmlp", ["--num_heads", "2"], "is a ResMLP and has no use for it."),
         ("resmlp", ["--maps", "similarity", "--image_size", "3"], "smaller than a patch of 4 × 4"),
         ("resmlp", ["--mlp_grid", "none", "--embed_dim", "48"], "--embed_dim 48 contradicts"),

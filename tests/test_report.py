@@ -404,6 +404,14 @@ def test_a_network_of_other_sizes_is_held_against_the_nearest_width():
     assert told["embed_dim"] == ("700", "768") and told["depth"] == ("3", "12")
 
 
+def test_sizes_that_go_by_a_name_are_told_as_numbers():
+    giant = settings(arch="vit_giant", embed_dim=None, depth=None, num_heads=None, patch_size=14,
+                     global_crops_size=28, local_crops_size=14)  # fmt: skip
+    names = ("embed_dim", "depth", "mlp_ratio")
+    told = [paper._told(giant, name, getattr(giant, name)) for name in names]
+    assert paper.width(giant) == 1664 and told == ["1664", "48", "4.92308"]
+
+
 # Results.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 
 from dino_kit.backbones import attention
@@ -12,6 +13,7 @@ from dino_kit.backbones.interface import Backbone, Features, HasSelfAttention
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.errors import UserError
+from dino_kit.training.optim import parameter_groups
 
 TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
@@ -24,6 +26,11 @@ def tiny(**options) -> VisionTransformer:
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return network
+
+
+# The options of DINOv2's published weights.
+RICH = {"num_register_tokens": 3, "layer_scale": 0.3}
+BOTH = pytest.mark.parametrize("options", [{}, RICH], ids=["plain", "registers"])
 
 
 def from_golden(arrays) -> VisionTransformer:
@@ -62,18 +69,21 @@ def test_vit_golden(golden):
 
 
 @torch.no_grad()
+@BOTH
 @pytest.mark.parametrize("size", [(16, 16), (8, 8), (32, 12)])
-def test_features_are_the_parts_of_the_last_layer(size):
-    network = tiny()
+def test_features_are_the_parts_of_the_last_layer(size, options):
+    network = tiny(**options)
     images = torch.randn(2, 3, *size)
     features = network.forward_features(images)
     (last,) = network.get_intermediate_layers(images)
     assert isinstance(features, Features)
     assert features.grid == (size[0] // 4, size[1] // 4)
     torch.testing.assert_close(features.pooled, network(images))
-    torch.testing.assert_close(
-        torch.cat((features.pooled.unsqueeze(1), features.patches), dim=1), last
-    )
+    patches = features.grid[0] * features.grid[1]
+    prefix = network.num_prefix_tokens
+    assert last.shape == (2, prefix + patches, 24)
+    torch.testing.assert_close(features.pooled, last[:, 0])
+    torch.testing.assert_close(features.patches, last[:, -patches:])
 
 
 def test_it_is_what_the_interface_says():
@@ -81,11 +91,83 @@ def test_it_is_what_the_interface_says():
     assert isinstance(network, Backbone) and isinstance(network, HasSelfAttention)
     assert (network.embed_dim, network.patch_size, network.num_prefix_tokens) == (24, 4, 1)
     assert (network.depth, network.num_heads) == (3, 2)
+    assert isinstance(tiny(**RICH), HasSelfAttention) and tiny(**RICH).num_prefix_tokens == 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("registers, scale", [(0, None), (4, None), (0, 0.3), (4, 0.3)])
+def test_it_is_what_timm_computes(registers, scale):
+    network = tiny(num_register_tokens=registers, layer_scale=scale)
+    network.pos_embed[:, :1] = 0  # which timm, as those who use registers, leaves out
+    state = {key.replace("register_tokens", "reg_token"): v for key, v in network.state_dict().items()}
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    other = timm.models.VisionTransformer(
+        16, 4, num_classes=0, global_pool="token", embed_dim=24, depth=3, num_heads=2,
+        init_values=scale, reg_tokens=registers, no_embed_class=True,
+    ).eval()  # fmt: skip
+    other.load_state_dict(state)
+    images = torch.randn(2, 3, 16, 16)
+    (last,) = network.get_intermediate_layers(images)
+    torch.testing.assert_close(last, other.forward_features(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(images), other(images), rtol=1e-5, atol=1e-5)
+
+
+def test_registers_follow_the_class_token_and_have_no_position():
+    plain, network = tiny(), tiny(num_register_tokens=5)
+    network.load_state_dict({**network.state_dict(), **plain.state_dict()})
+    images = torch.randn(2, 3, 8, 12)
+    tokens, registers = network._tokens(images), network.register_tokens
+    assert registers.shape == (1, 5, 24)
+    assert torch.equal(tokens[:, 1:6], registers.expand(2, -1, -1))
+    assert torch.equal(torch.cat((tokens[:, :1], tokens[:, 6:]), dim=1), plain._tokens(images))
+    assert not torch.allclose(network(images), plain(images), atol=1e-3)
+
+
+@torch.no_grad()
+def test_layer_scale_multiplies_each_channel_of_both_branches():
+    """So a network whose last layers of the branches are multiplied is the same."""
+    network, plain = tiny(layer_scale=0.3), tiny()
+    state = network.state_dict()
+    for name in plain.state_dict():
+        part, _, kind = name.rpartition(".")
+        for branch, scale in (("attn.proj", "ls1"), ("mlp.fc2", "ls2")):
+            if part.endswith(branch):
+                gamma = network.get_parameter(f"{part.removesuffix(branch)}{scale}.gamma")
+                state[name] = gamma.view(-1, *[1] * (state[name].ndim - 1)) * state[name]
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    images = torch.randn(2, 3, 16, 8)
+    torch.testing.assert_close(network(images), plain(images), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(network(images), tiny()(images), atol=1e-3)
+
+
+def test_the_options_add_to_a_network_and_change_nothing_else_of_its_first_weights():
+    networks = {}
+    for name, options in (("plain", {}), ("rich", RICH)):
+        torch.manual_seed(0)
+        networks[name] = VisionTransformer(**TINY, **options).state_dict()
+    added = {name for name in networks["rich"] if name not in networks["plain"]}
+    assert added == {
+        "register_tokens", *(f"blocks.{block}.ls{n}.gamma" for block in range(3) for n in (1, 2))
+    }
+    for name, tensor in networks["plain"].items():
+        assert torch.equal(networks["rich"][name], tensor), name
+    assert networks["rich"]["register_tokens"].std() == pytest.approx(0.02, rel=0.3)
+    assert all((networks["rich"][name] == 0.3).all() for name in added - {"register_tokens"})
+
+
+def test_registers_decay_and_layer_scale_does_not():
+    network = tiny(**RICH)
+    decayed, others = ({id(p) for p in g["params"]} for g in parameter_groups(network))
+    tokens = {id(network.cls_token), id(network.pos_embed), id(network.register_tokens)}
+    assert tokens <= decayed
+    gammas = {id(p) for name, p in network.named_parameters() if name.endswith("gamma")}
+    assert len(gammas) == 6 and gammas <= others
+
+
+@BOTH
 @pytest.mark.parametrize("size", [16, 8])
-def test_gradients_reach_every_parameter(size):
-    network = tiny()
+def test_gradients_reach_every_parameter(size, options):
+    network = tiny(**options)
     network(torch.randn(2, 3, size, size)).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
@@ -97,9 +179,10 @@ def test_any_number_of_channels(channels):
     assert network(torch.randn(2, channels, 16, 8)).shape == (2, 24)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_stays_close_to_float32(dtype):
-    network = VisionTransformer(**TINY)
+def test_autocast_stays_close_to_float32(dtype, options):
+    network = VisionTransformer(**TINY, **options)
     images = torch.randn(2, 3, 8, 16)
     keep = draw_keep(0, 0, torch.arange(2), 1, [0.5] * 6).flatten(1)
     for kept in (None, keep):
@@ -114,9 +197,10 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(network(images), network(images))
 
 
+@BOTH
 @pytest.mark.parametrize("half", [False, True])
-def test_training_stores_no_attention_map(half):
-    network = tiny()
+def test_training_stores_no_attention_map(half, options):
+    network = tiny(**options)
     shapes = []
     with (
         torch.autograd.graph.saved_tensors_hooks(
@@ -125,7 +209,7 @@ def test_training_stores_no_attention_map(half):
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
     ):
         network(torch.randn(2, 3, 16, 16))
-    tokens = 1 + 4 * 4
+    tokens = network.num_prefix_tokens + 4 * 4
     assert shapes and not [shape for shape in shapes if shape[-2:] == (tokens, tokens)]
 
 
@@ -156,16 +240,45 @@ def test_the_mlp_is_two_linear_layers_around_a_gelu(dtype):
 
 
 @torch.no_grad()
-def test_last_selfattention_is_that_of_the_last_block_alone():
+@pytest.mark.parametrize("block", [0, 1, 2, -1, -2, -3])
+def test_maps_are_computed_of_the_one_block_that_is_asked_for(block):
     network = tiny()
-    calls = []
-    for index, block in enumerate(network.blocks):
-        original = block.attn.attention
-        block.attn.attention = lambda x, i=index, f=original: (calls.append(i), f(x))[1]
-    maps = network.get_last_selfattention(torch.randn(2, 3, 8, 16))
-    assert calls == [2]
+    fused, calls = [], []
+    for index, one in enumerate(network.blocks):
+        original = one.attn.attention
+        one.attn.attention = lambda x, i=index, f=original: (calls.append(i), f(x))[1]
+        one.register_forward_hook(lambda *_, i=index: fused.append(i))
+    maps = network.get_selfattention(torch.randn(2, 3, 8, 16), block)
+    assert calls == [block % 3] and fused == list(range(block % 3))
     assert maps.shape == (2, 2, 9, 9)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 9))
+
+
+@torch.no_grad()
+@BOTH
+@pytest.mark.parametrize("size", [(16, 16), (4, 4), (8, 24), (36, 20)])
+def test_maps_are_the_softmax_of_queries_and_keys(size, options):
+    network, images = tiny(qkv_bias=True, **options), torch.randn(2, 3, *size)
+    given = {}
+    for index, block in enumerate(network.blocks):
+        block.norm1.register_forward_hook(lambda m, i, y, index=index: given.update({index: y}))
+    network.forward_features(images)
+    for index, block in enumerate(network.blocks):
+        q, k, _ = block.attn.qkv(given[index]).double().chunk(3, dim=-1)  # (B, T, D)
+        q, k = (one.unflatten(-1, (2, 12)).transpose(1, 2) for one in (q, k))  # (B, h, T, d)
+        scores = (q @ k.transpose(-2, -1) / 12**0.5).exp()
+        expected = scores / scores.sum(dim=-1, keepdim=True)
+        for number in (index, index - 3):
+            maps = network.get_selfattention(images, number)
+            torch.testing.assert_close(maps.double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(network.get_last_selfattention(images), maps)
+
+
+@pytest.mark.parametrize("block", [3, 12, -4])
+def test_a_block_that_there_is_not_is_refused(block):
+    said = f"^There is no block {block}; in a network of depth 3 they are 0 to 2, .* -1 to -3.$"
+    with pytest.raises(UserError, match=said):
+        tiny().get_selfattention(torch.randn(1, 3, 8, 8), block)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +305,10 @@ def test_images_that_do_not_fit_are_refused(shape, said):
         ({"image_size": 30}, "the nearest that is: 32"),
         ({"depth": 0}, "depth is 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"num_register_tokens": -1}, "num_register_tokens is -1; it is a whole number from 0"),
+        ({"layer_scale": 0.0}, "layer_scale is 0.0; it is a number above 0, or None"),
+        ({"layer_scale": float("nan")}, "layer_scale is nan"),
+        ({"layer_scale": float("inf")}, "layer_scale is inf"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, said):
@@ -211,17 +328,18 @@ def masked_forward(network, images, keep):
     """Stochastic depth by its formula: compute everything, multiply by the mask."""
     x = network._tokens(images)
     for index, block in enumerate(network.blocks):
-        for branch, (norm, module) in enumerate(
-            [(block.norm1, block.attn), (block.norm2, block.mlp)]
+        for branch, (norm, module, scaled) in enumerate(
+            [(block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)]
         ):
             number = 2 * index + branch
             mask = keep[number].float().view(-1, 1, 1)
-            x = x + module(norm(x)) / (1 - network.drop_path_rates[number]) * mask
+            x = x + scaled(module(norm(x))) / (1 - network.drop_path_rates[number]) * mask
     return network.norm(x)[:, 0]
 
 
-def test_skipping_dropped_samples_equals_masking_them():
-    network = tiny(drop_path_rate=0.6)
+@BOTH
+def test_skipping_dropped_samples_equals_masking_them(options):
+    network = tiny(drop_path_rate=0.6, **options)
     images = torch.randn(8, 3, 16, 16)
     keep = draw_keep(0, 3, torch.arange(8), 1, network.drop_path_rates).flatten(1)
     assert keep.any(1).all() and not keep[2:].all(1).any()
@@ -245,9 +363,10 @@ def test_the_last_block_is_computed_for_the_class_token_alone():
     assert seen == [17, 17, 17, 17, 1, 1]
 
 
+@BOTH
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_gradients(qkv_bias):
-    network, images = tiny(qkv_bias=qkv_bias), torch.randn(3, 3, 16, 16)
+def test_the_class_token_alone_is_that_of_all_tokens_and_so_are_gradients(qkv_bias, options):
+    network, images = tiny(qkv_bias=qkv_bias, **options), torch.randn(3, 3, 16, 16)
     results = []
     for forward in (network, lambda x: network.forward_features(x).pooled):
         network.zero_grad()

@@ -15,7 +15,7 @@ import dino_kit
 from dino_kit import files
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.recognition import recognize
-from dino_kit.config.architectures import DEEPVIT_SIZES, RESMLP_SIZES, VIT_SIZES
+from dino_kit.config.architectures import BUILDABLE, FAMILIES, VIT_SIZES, family_of
 from dino_kit.errors import UserError
 from dino_kit.weights import load, load_backbone
 
@@ -371,10 +371,11 @@ def test_published_weights_of_a_resmlp_need_no_flags(tmp_path, options, prefix):
         assert torch.equal(loaded.backbone.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", [*VIT_SIZES, *RESMLP_SIZES, *DEEPVIT_SIZES])
+@pytest.mark.parametrize("name", sorted(set(BUILDABLE) - {family.free for family in FAMILIES}))
 def test_every_named_architecture_is_known_by_its_tensors_alone(name):
     with torch.device("meta"):
-        state = create_backbone(name, patch_size=8, image_size=16).state_dict()
+        own = {"patch_size": 8} if family_of(name).takes_patch_size else {}
+        state = create_backbone(name, image_size=32, **own).state_dict()
     given = dict.fromkeys(
         ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid",
          "arch_options")
@@ -382,6 +383,43 @@ def test_every_named_architecture_is_known_by_its_tensors_alone(name):
     assert recognize(state, {}, None, given, "it").name == name
     with pytest.raises(UserError, match="--depth 5 contradicts it"):
         recognize(state, {}, None, {**given, "depth": 5}, "it")
+
+
+def test_a_network_with_another_mlp_than_the_giant_s_is_no_giant():
+    with torch.device("meta"):
+        state = create_backbone("vit_giant", patch_size=8, image_size=16, mlp_ratio=4).state_dict()
+    given = dict.fromkeys(
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_grid")
+    )
+    found = recognize(state, {}, None, {**given, "num_heads": 16}, "it")
+    assert (found.name, found.options["mlp_ratio"]) == ("vit", 4)
+    with pytest.raises(UserError, match="vit_giant has mlp_ratio 4.92308, and the .* mlp_ratio 4; "):
+        recognize(state, {}, "vit_giant", given, "it")
+    said = {"arch": "vit_giant"}
+    with pytest.raises(UserError, match="but vit_giant has mlp_ratio 4.92308; give --num_heads"):
+        recognize(state, said, None, given, "it")
+
+
+@pytest.mark.parametrize("options", [{"num_register_tokens": 4}, {"layer_scale": 1e-5},
+                                     {"num_register_tokens": 1, "layer_scale": 0.5}])  # fmt: skip
+def test_registers_and_layer_scale_are_known_by_their_tensors(tmp_path, options):
+    backbone = create_backbone("vit_tiny", patch_size=16, image_size=32, **options).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    loaded = load(tmp_path / "bare.pth")
+    assert loaded.architecture["name"] == "vit_tiny"
+    assert set(options) == {"num_register_tokens", "layer_scale"} & loaded.architecture.keys()
+    assert loaded.backbone.num_prefix_tokens == 1 + options.get("num_register_tokens", 0)
+    assert same(loaded.backbone, backbone, 32)
+
+
+def test_registers_of_another_form_are_no_registers(tmp_path):
+    state = create_backbone("vit_tiny", patch_size=16, image_size=32).state_dict()
+    torch.save({**state, "register_tokens": torch.zeros(4, 192)}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="no tensor register_tokens with 3 dimensions"):
+        load(tmp_path / "bare.pth")
 
 
 def test_golden_resmlp_is_read_from_its_tensors(golden, tmp_path):
@@ -450,3 +488,20 @@ def test_loading_a_resmlp_is_strict(tmp_path, change, message):
     torch.save(state, tmp_path / "bare.pth")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "bare.pth")
+
+
+def test_what_shows_in_no_tensor_is_read_from_what_the_file_says(tmp_path):
+    network = create_backbone("vit", **SIZES, norm_eps=0.5)
+    config = {"arch": "vit", "arch_options": ["norm_eps=0.5"], **SIZES}
+    content = {"teacher": network.state_dict(), "config": config}
+    torch.save(content, tmp_path / "a.pth")
+    loaded = load(tmp_path / "a.pth")
+    assert loaded.backbone.norm.eps == 0.5 and loaded.architecture["norm_eps"] == 0.5
+    assert load(tmp_path / "a.pth", arch_options=("norm_eps=0.5",)).architecture["norm_eps"] == 0.5
+    with pytest.raises(UserError, match="--arch_options norm_eps=0.1 contradicts .* norm_eps 0.5"):
+        load(tmp_path / "a.pth", arch_options=("norm_eps=0.1",))
+    with pytest.raises(UserError, match="vit has no option 'norm_ep'.* did you mean norm_eps"):
+        load(tmp_path / "a.pth", arch_options=("norm_ep=0.1",))
+    torch.save({**content, "config": {**config, "arch_options": 3}}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="says of itself cannot be read: its arch_options are 3"):
+        load(tmp_path / "b.pth")

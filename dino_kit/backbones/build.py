@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from dino_kit.backbones.cswin import CSWin
 from dino_kit.backbones.deepvit import DeepViT
 from dino_kit.backbones.resmlp import ResMLP
+from dino_kit.backbones.t2t import T2TViT
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.fields import nearest
@@ -27,6 +29,10 @@ BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         for name, sizes in architectures.DEEPVIT_SIZES.items()
     },
     architectures.FREE_DEEPVIT: (DeepViT, {}),
+    **{name: (T2TViT, sizes) for name, sizes in architectures.T2T_SIZES.items()},
+    architectures.FREE_T2T: (T2TViT, {}),
+    **{name: (CSWin, sizes) for name, sizes in architectures.CSWIN_SIZES.items()},
+    architectures.FREE_CSWIN: (CSWin, {}),
 }
 # By its depth it would be 1e-5; the published code begins wider networks lower.
 BACKBONES["resmlp_b24"][1]["init_scale"] = 1e-6
@@ -35,14 +41,11 @@ BACKBONES["resmlp_b24"][1]["init_scale"] = 1e-6
 def create_backbone(name: str, **options: Any) -> nn.Module:
     """A backbone with fresh weights, as :class:`~dino_kit.backbones.interface.Backbone` describes.
 
-    ``name`` is ``vit_tiny``, ``vit_small`` (also ``deit_small``), ``vit_base``, ``vit_large``,
-    ``resmlp_s12``, ``resmlp_s24``, ``resmlp_s36``, ``resmlp_b24``, ``deepvit_s``, ``deepvit_l``; or
-    ``vit`` or ``deepvit``, which need ``embed_dim``, ``depth`` and ``num_heads``, or ``resmlp``,
-    which needs ``embed_dim`` and ``depth``; or a model of a library as ``timm:NAME``,
-    ``torchvision:NAME``, ``hf:FOLDER`` or ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are
-    ``image_size``, ``in_chans``, ``drop_path_rate`` and the library's own, or arguments of
-    :class:`~dino_kit.backbones.vit.VisionTransformer`, :class:`~dino_kit.backbones.resmlp.ResMLP` or
-    :class:`~dino_kit.backbones.deepvit.DeepViT`, and go before the sizes of the name.
+    ``name`` is one of :data:`BACKBONES`, or stands for one, as ``deit_small`` does for ``vit_small``;
+    or a model of a library as ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or
+    ``python:PACKAGE.MODULE:CALLABLE``. ``options`` are arguments of the class that it names there,
+    and go before the sizes of the name; a name without sizes needs them. Of a library's model they
+    are ``image_size``, ``in_chans``, ``drop_path_rate`` and what the library takes.
 
     Raises:
         UserError: no such name or option, or sizes that are missing or do not fit together.

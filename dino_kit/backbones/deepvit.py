@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from dino_kit.backbones import vit
 from dino_kit.backbones.layers import Mlp, check_sizes, run_block
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.backbones.stochastic_depth import add_branch
 from dino_kit.errors import UserError
 
@@ -53,7 +54,7 @@ _STEM = 64  # channels of the patch embedding's convolutions
 _BLOCK_SCALE = 0.5  # r
 
 
-class DeepViT(vit.ClassTokenTransformer):
+class DeepViT(WithoutSelfAttention, vit.ClassTokenTransformer):
     """Images ``(B, C, H, W)``, sides multiples of the patch size, to class tokens ``(B, D)``.
 
     Any such sides will do: the position embedding, made for ``image_size``, is interpolated.
@@ -137,7 +138,7 @@ class DeepViT(vit.ClassTokenTransformer):
 
         They have a sign, and their rows do not sum to 1.
         """
-        return self._last_maps(images)
+        return self._maps(images, -1)
 
     def _patches(self, images: Tensor) -> Tensor:
         # At half the image's size its convolutions hold as much as several blocks.

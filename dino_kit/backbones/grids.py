@@ -54,6 +54,16 @@ def resampling(
     return Resampling(rows, columns)
 
 
+def carried(matrix: Tensor, source: Grid, target: Grid) -> Tensor:
+    """``U A D``: what mixes patches of ``source`` by ``matrix`` A, for patches of ``target``.
+
+    D resamples tokens from ``target`` to ``source``, and U back.
+    """
+    like = {"device": matrix.device, "dtype": matrix.dtype}
+    up, down = resampling(source, target, **like), resampling(target, source, **like)
+    return down.transposed()(up(matrix).mT).mT
+
+
 # Not of any module, so neither in its state nor in a copy of it, and for each device by itself.
 @lru_cache(maxsize=256)
 def _axis(source: int, target: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -42,10 +42,19 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class HasSelfAttention(Protocol):
-    """A backbone whose tokens all attend to each other."""
+    """A backbone whose tokens all attend to each other, in each of its blocks."""
+
+    depth: int  # how many blocks
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
         """The last block's attention after the softmax, ``(B, heads, P+N, P+N)``."""
+
+    def get_selfattention(self, images: Tensor, block: int) -> Tensor:
+        """The same of one block, counted from 0, or from the end as -1.
+
+        Raises:
+            UserError: there is no such block.
+        """
 
 
 @runtime_checkable
@@ -54,6 +63,14 @@ class HasReAttention(Protocol):
 
     def get_last_reattention(self, images: Tensor) -> Tensor:
         """The last block's maps, ``(B, heads, P+N, P+N)``, signed; rows do not sum to 1."""
+
+
+@runtime_checkable
+class HasClassAttention(Protocol):
+    """A backbone in whose last blocks the class token alone attends, to itself and the patches."""
+
+    def get_last_classattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, heads, P+N)``; the class token first."""
 
 
 @runtime_checkable

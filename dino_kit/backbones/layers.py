@@ -119,6 +119,20 @@ def patch_grid(images: Tensor, in_chans: int, patch_size: int) -> tuple[int, int
     return height // p, width // p
 
 
+def block_index(block: int, depth: int) -> int:
+    """The place from 0 of a ``block`` of ``depth`` many, which may be counted from the end as -1.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    if not -depth <= block < depth:
+        raise UserError(
+            f"There is no block {block}; in a network of depth {depth} they are 0 to {depth - 1}, "
+            f"or, counted from the end, -1 to {-depth}."
+        )
+    return block % depth
+
+
 def check_sizes(drop_path_rate: float, **sizes: int) -> None:
     """Raises :class:`UserError` for sizes, ``image_size`` and ``patch_size`` among them, that do
     not fit, or a rate of stochastic depth that is none; ``num_heads`` may be among them."""

@@ -1,21 +1,26 @@
 """Which architecture a backbone's tensors are of.
 
 What shows in the tensors' names and shapes counts; what the file says of itself, and what the
-caller says, is held against it, and settles what does not show: a ViT's number of heads, how a
-ResMLP meets other grids of patches than its own, and the scale of a DeepViT's maps. A model of a
-library is what the file or the caller calls it.
+caller says, is held against it, and settles what does not show: a ViT's or T2T-ViT's number of heads,
+how a ResMLP meets other grids of patches than its own, the scale of a DeepViT's maps, the heads and
+stripes of a CSWin Transformer, and epsilons and the like. A model of a library is what the file or
+the caller calls it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dino_kit.backbones import tensor_sizes
 from dino_kit.config import arch_options, architectures
 from dino_kit.config.architectures import Family
 from dino_kit.errors import UserError
+
+# Of a CSWin Transformer: the authors' models for 384 pixels have the tensors of those for 224, and
+# other stripes.
+_CSWIN_UNSEEN = ("heads", "split_sizes")
 
 
 class Architecture(NamedTuple):
@@ -49,19 +54,22 @@ def recognize(
     library = _library(said, arch, path)
     if library:
         return Architecture(library, library, _library_options(said, given, path))
-    family = _family(state)
-    sizes = _READERS[family.free](state, path)
+    family = tensor_sizes.family_of(state)
+    sizes = tensor_sizes.sizes_of(family, state, path)
     saved = _saved_name(said, family, path)
     name = _name(arch, saved, family, path)
     _compare(given, said, sizes, family, path)
     by_flag = arch not in (None, family.free)
     name, fits = _named(name, by_flag, given, sizes, family, path)
-    if family is architectures.VIT:
-        sizes["num_heads"] = _heads(name, fits, given, said, sizes, path)
-    elif family is architectures.RESMLP:
+    if "num_heads" in family.needed and "num_heads" not in sizes:
+        sizes["num_heads"] = _heads(name, fits, given, said, sizes, family, path)
+    if not family.takes_patch_size:
+        sizes.pop("patch_size", None)
+    if family is architectures.RESMLP:
         sizes["mlp_grid"] = _agreed("mlp_grid", given, said, path) or architectures.MLP_GRID
-    else:
+    elif family is architectures.DEEPVIT:
         sizes["scale_reattention"] = name in architectures.SCALED_REATTENTION
+    sizes |= _unseen_options(name, fits, given, said, sizes, family, path)
     return Architecture(name if fits else family.free, family.free, sizes)
 
 
@@ -105,110 +113,20 @@ def _library_options(
             f"{path} is of a library's model, which has no use for {' and '.join(useless)}; what it "
             "takes is given by --arch_options."
         )
+    saved = _pairs(said, path)
+    options = arch_options.pairs(given["arch_options"]) or saved
+    if saved and options != saved:
+        raise UserError(
+            f"--arch_options {' '.join(given['arch_options'])} contradicts {path}, which says "
+            f"{' '.join(said['arch_options'])}."
+        )
     in_chans = _agreed("in_chans", given, said, path)
-    words = _agreed("arch_options", given, said, path)
     size = said.get("global_crops_size")
     return {
         **({} if size is None else {"image_size": size}),
         "in_chans": 3 if in_chans is None else in_chans,
-        **arch_options.pairs(words),
+        **options,
     }
-
-
-def some(names: Iterable[Any]) -> str:
-    """The first few of ``names``, and how many more there are, as part of a sentence."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
-    return ", ".join(names[:3] if more else names) + more
-
-
-def _family(state: Mapping[str, Any]) -> Family:
-    if "blocks.0.attn.weight" in state:
-        return architectures.RESMLP
-    return architectures.DEEPVIT if _mixing_matrices(state) else architectures.VIT
-
-
-def _mixing_matrices(state: Mapping[str, Any]) -> list[str]:
-    """A DeepViT's, one of every block with Re-Attention."""
-    return [name for name in state if name.endswith(".attn.reatten_matrix.weight")]
-
-
-def _vit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Every size of a vision transformer that shows in its tensors."""
-    # It is the last that is thought of.
-    _require("vision transformer and no ResMLP", {"pos_embed": 3}, state, path)
-    sizes = _patch_sizes("vision transformer", state, path)
-    sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
-    return {**sizes, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
-
-
-def _deepvit_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Every size of a DeepViT that shows in its tensors."""
-    mixing = _mixing_matrices(state)
-    needed = {"pos_embed": 3, "patch_embed.conv1.weight": 4, mixing[0]: 4}
-    _require("DeepViT", needed, state, path)
-    sizes = _patch_sizes("DeepViT", state, path)
-    sizes["in_chans"] = state["patch_embed.conv1.weight"].shape[1]
-    sizes["patch_size"] *= 2  # the linear map of a patch sees every second pixel
-    sizes["image_size"] = _positions_side(state, path) * sizes["patch_size"]
-    sizes["num_heads"] = len(state[mixing[0]])
-    return {**sizes, "reattention_blocks": len(mixing)}
-
-
-def _resmlp_sizes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Every size of a ResMLP that shows in its tensors."""
-    _require("ResMLP", {"blocks.0.attn.weight": 2}, state, path)
-    sizes = _patch_sizes("ResMLP", state, path)
-    side = _side(state["blocks.0.attn.weight"].shape[0], path, "patches in its token mixing")
-    return {**sizes, "image_size": side * sizes["patch_size"]}
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
-    architectures.FREE_VIT: _vit_sizes,
-    architectures.FREE_RESMLP: _resmlp_sizes,
-    architectures.FREE_DEEPVIT: _deepvit_sizes,
-}
-
-
-def _require(
-    kind: str, needed: dict[str, int], state: Mapping[str, Any], path: Path
-) -> None:
-    """Names that have to be there, with their numbers of dimensions."""
-    for name, dimensions in needed.items():
-        if getattr(state.get(name), "ndim", None) != dimensions:
-            raise UserError(
-                f"{path} is no {kind} of a known layout: it has no tensor {name} with "
-                f"{dimensions} dimensions, but {some(state) or 'nothing'}."
-            )
-
-
-def _patch_sizes(kind: str, state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Sizes that every network of patches and blocks shows alike."""
-    _require(kind, {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}, state, path)
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    ratio = hidden / embed_dim
-    blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    return {
-        "patch_size": patch_size,
-        "in_chans": in_chans,
-        "embed_dim": embed_dim,
-        "depth": len(blocks),
-        # Half a unit more where rounding would lose one.
-        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
-    }
-
-
-def _positions_side(state: Mapping[str, Any], path: Path) -> int:
-    beside = "position embeddings beside the class token's"
-    return _side(state["pos_embed"].shape[1] - 1, path, beside)
-
-
-def _side(patches: int, path: Path, what: str) -> int:
-    side = round(max(patches, 0) ** 0.5)
-    if side < 1 or side * side != patches:
-        raise UserError(f"{path} has {patches} {what}; a square grid of patches is needed.")
-    return side
 
 
 def _saved_name(said: Mapping[str, Any], family: Family, path: Path) -> str | None:
@@ -256,7 +174,7 @@ def _compare(
 ) -> None:
     """Hold sizes that are given, or said by the file, against the tensors."""
     for name in (name for name in given if name in sizes):
-        shown = f"{sizes[name]:g}" if name == "mlp_ratio" else sizes[name]
+        shown = _shown(sizes[name])
         if given[name] is not None:
             if not _same(name, given[name], sizes):
                 raise UserError(
@@ -267,16 +185,17 @@ def _compare(
                 f"{path} contradicts itself: it says {name} {said[name]}, and its tensors have "
                 f"{shown}; --{name} {shown} goes by the tensors."
             )
-    if given.get("arch_options") is not None:
-        raise UserError(
-            f"--arch_options is of no use for {path}, {family.title}, whose tensors tell; leave it out."
-        )
-    for name in ("num_heads", "mlp_grid"):
-        if given[name] is not None and name not in (*family.needed, *family.settings):
+    for name in given:
+        known = (*sizes, *family.needed, *family.settings, "arch_options")
+        if given[name] is not None and name not in known:
             raise UserError(
                 f"--{name} {given[name]} contradicts {path}, which is {family.title} and has no "
                 "use for it."
             )
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _same(name: str, value: Any, sizes: dict[str, Any]) -> bool:
@@ -311,16 +230,18 @@ def _named(
 def _others(name: str, sizes: dict[str, Any], family: Family) -> list[str]:
     """Which of the sizes that go by ``name``, and that show, the tensors have otherwise."""
     table = family.sizes.get(name, {})
-    return [size for size in table if size in sizes and table[size] != sizes[size]]
+    return [size for size in table if size in sizes and not _same(size, table[size], sizes)]
 
 
 def _says(name: str, other: Iterable[str], family: Family) -> str:
-    return f"{name} has {', '.join(f'{size} {family.sizes[name][size]}' for size in other)}"
+    table = family.sizes[name]
+    return f"{name} has {', '.join(f'{size} {_shown(table[size])}' for size in other)}"
 
 
 def _shape(sizes: dict[str, Any], other: Iterable[str] = ()) -> str:
-    shown = dict.fromkeys(("embed_dim", "depth", *other))
-    return f"tensors have {' and '.join(f'{size} {sizes[size]}' for size in shown)}"
+    own = (size for size in ("embed_dim", "depth", "depths") if size in sizes)
+    shown = dict.fromkeys((*own, *other))
+    return f"tensors have {' and '.join(f'{size} {_shown(sizes[size])}' for size in shown)}"
 
 
 def _heads(
@@ -329,13 +250,14 @@ def _heads(
     given: Mapping[str, Any],
     said: Mapping[str, Any],
     sizes: dict[str, Any],
+    family: Family,
     path: Path,
 ) -> int:
     """The number of heads, which is in no tensor's shape.
 
     A named architecture's own number counts only where the tensors have its sizes.
     """
-    table = architectures.VIT.sizes.get(name, {})
+    table = family.sizes.get(name, {})
     heads = said.get("num_heads", table.get("num_heads") if fits else None)
     if given["num_heads"] is not None:
         if heads is not None and heads != given["num_heads"]:
@@ -345,15 +267,58 @@ def _heads(
             )
         heads = given["num_heads"]
     if heads is None:
-        other = _others(name, sizes, architectures.VIT)
+        other = _others(name, sizes, family)
         but = ""
         if other:
-            but = f", and it is called {name}, but {_says(name, other, architectures.VIT)}"
+            but = f", and it is called {name}, but {_says(name, other, family)}"
         raise UserError(
             f"The number of attention heads of {path} is not known: its {_shape(sizes)}{but}; give "
             "--num_heads."
         )
     return heads
+
+
+def _unseen_options(
+    name: str,
+    fits: bool,
+    given: Mapping[str, Any],
+    said: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    family: Family,
+    path: Path,
+) -> dict[str, Any]:
+    """Arguments without a flag that show in no tensor: as given or said, else by the name."""
+    saved, own = _pairs(said, path), arch_options.pairs(given.get("arch_options"))
+    for key, value in own.items():
+        known = {**sizes, **saved}
+        if known.get(key, value) != value:
+            raise UserError(
+                f"--arch_options {key}={value} contradicts {path}, which has {key} {known[key]}."
+            )
+    table = {}
+    if family is architectures.CSWIN:
+        table = family.sizes.get(name, {}) if fits else {}
+        if said.get("arch"):
+            # A run that does not say a size had its name's; cswin alone has those of the tiny one.
+            table = family.sizes.get(name, family.sizes["cswin_tiny"])
+        table = {size: table[size] for size in _CSWIN_UNSEEN if table}
+    found = {**table, **saved, **own}
+    missing = [size for size in _CSWIN_UNSEEN if size not in found]
+    if missing and family is architectures.CSWIN:
+        raise UserError(
+            f"The {' and '.join(missing)} of {path} are not known: its tensors have embed_dim "
+            f"{sizes['embed_dim']} and depths {sizes['depths']}, which go by no name; give "
+            f"--arch_options {' '.join(f'{size}=[…]' for size in missing)}."
+        )
+    return {size: value for size, value in found.items() if size not in sizes}
+
+
+def _pairs(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The ``arch_options`` that a file says it was written with."""
+    words = said.get("arch_options") or []
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"What {path} says of itself cannot be read: its arch_options are {words!r}.")
+    return arch_options.pairs(words)
 
 
 def _agreed(

@@ -1,9 +1,30 @@
 """ResMLP: patches mixed by one matrix instead of by attention; published names of its weights.
 
 Source: Touvron et al. 2021, "ResMLP: Feedforward networks for image classification with
-data-efficient training", with the first weights of its published code. Affine maps take the place
-of norms, and the pooled feature is the mean of the patches. That matrix is made for one grid of
-patches; how other grids are met, which multi-crop needs, is ours (:class:`TokenMixing`).
+data-efficient training" (arXiv:2105.03404), with the first weights of its published code.
+
+Without attention nothing is left that normalisation would have to hold together, and an affine map,
+a learnt scale and shift of each channel, takes the place of every norm (section 2):
+
+    Aff(x) = α x + β                                                   α, β (D,)
+
+A block is two residual sublayers: one lets patches see each other, for every channel alike, the other
+lets channels see each other, for every patch alike. Legend as below; x is (N, D), of one image:
+
+    x ← x + γ₁ (A Aff(x) + b)                                          A (N, N), b (N,)
+    x ← x + γ₂ (GELU(Aff(x) W₁ + b₁) W₂ + b₂)                          γ (D,), LayerScale
+
+MLP-Mixer (Tolstikhin et al. 2021), for contrast, has a LayerNorm for Aff, no γ, and between patches
+an MLP of two layers, x ← x + V₂ GELU(V₁ LN(x)), where here one matrix does. So the rows of A can be
+shown: row i is what each patch adds to patch i, whatever the image. The feature is the mean of
+Aff(x) over the patches.
+
+A is made for one grid of patches. How other grids are met, which multi-crop needs, is ours:
+
+    A' = U A D,   b' = U b
+
+where D resamples tokens of the images' grid to the native one and U back, each row of both summing
+to one, exact at the native size (:class:`TokenMixing`, :mod:`~dino_kit.backbones.grids`).
 
 Legend: B batch, C channels, H and W pixels, N patches of the native grid, M of the images' grid,
 A (N, N) the matrix, D width, L = 2 * depth residual branches.
@@ -15,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kit.backbones.grids import Grid, resampling
+from dino_kit.backbones.grids import Grid, carried, resampling
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import (
     Mlp,
@@ -25,12 +46,13 @@ from dino_kit.backbones.layers import (
     patch_grid,
     run_block,
 )
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows
 from dino_kit.config.architectures import MLP_GRID, MLP_GRIDS
 from dino_kit.errors import UserError
 
 
-class ResMLP(nn.Module):
+class ResMLP(WithoutSelfAttention):
     """Images ``(B, C, H, W)``, sides multiples of the patch size, to their features ``(B, D)``.
 
     Any such sides will do, by one of two rules; both leave images of ``image_size`` as they are.
@@ -224,12 +246,10 @@ class TokenMixing(nn.Linear):
         """``A' = U A D`` (M, M) and ``b' = U b`` (M,), which do the same on ``grid``."""
         if grid == self.grid:
             return self.weight, self.bias
-        down, up = self._resamplings(grid)
+        _, up = self._resamplings(grid)
         # In the weights' own precision: this is little work, and done before any image is seen.
         with torch.autocast(self.weight.device.type, enabled=False):
-            mixing = up(self.weight)  # U A, (M, N)
-            mixing = down.transposed()(mixing.mT).mT  # (M, M)
-            return mixing, up(self.bias[:, None])[:, 0]
+            return carried(self.weight, self.grid, grid), up(self.bias[:, None])[:, 0]
 
     def _resamplings(self, grid: Grid):
         like = {"device": self.weight.device, "dtype": self.weight.dtype}

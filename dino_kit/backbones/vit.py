@@ -1,14 +1,37 @@
 """The vision transformer, with published names of its weights.
 
-Source: Dosovitskiy et al. 2021, in the form that DINO trains: bias on qkv, LayerNorm epsilon 1e-6,
-stochastic depth, the normalised class token as output.
+Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv:2010.11929), in the form that
+DINO trains: bias on qkv, LayerNorm epsilon 1e-6, stochastic depth, the normalised class token as
+output.
 
-Legend: B batch, C channels, H and W pixels, N patches, T = P+N tokens (P = 1, the class token),
-D width, h heads, d = D/h, L = 2 * depth residual branches.
+An image is cut into patches of p × p pixels, and each is mapped linearly to a token. A class token,
+learnt and the same for every image, goes before them; positions, learnt for one grid, are added:
+
+    x = [class; patches W + b] + positions                             (B, T, D)
+
+Blocks let tokens see each other and then think by themselves, each on what LayerNorm (LN) makes of
+the tokens, and added to them:
+
+    Q, K, V = LN(x) W + b, cut into h heads                            (B, h, T, d) each
+    A = softmax(Q Kᵀ / √d)                                             (B, h, T, T), rows sum to 1
+    x ← x + concat(A V) W + b
+    x ← x + GELU(LN(x) W₁ + b₁) W₂ + b₂
+
+The feature is LN(x) of the class token after the last block. A, which no forward pass keeps, is what
+``get_selfattention`` computes of one block.
+
+Two options are those of DINOv2's published weights, and off in DINO's: register tokens (Darcet et al.
+2024, "Vision transformers need registers"), which hold what the network would else note down in
+patches, and LayerScale (Touvron et al. 2021, "Going deeper with image transformers"), a learnt factor
+for each channel of what a branch adds.
+
+Legend: B batch, C channels, H and W pixels, N patches, R registers, T = P+N tokens (P = 1+R, the
+class token and then the registers), D width, h heads, d = D/h, L = 2 * depth residual branches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +43,7 @@ from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import (
     Mlp,
     PatchEmbed,
+    block_index,
     check_sizes,
     init_linear_layers,
     patch_grid,
@@ -27,6 +51,7 @@ from dino_kit.backbones.layers import (
 )
 from dino_kit.backbones.products import Linear, linear
 from dino_kit.backbones.stochastic_depth import add_branch, kept_rows, linear_rates
+from dino_kit.errors import UserError
 
 
 class ClassTokenTransformer(nn.Module):
@@ -35,11 +60,11 @@ class ClassTokenTransformer(nn.Module):
     Args:
         patch_embed: images ``(B, C, H, W)`` to patches ``(B, N, D)``.
         blocks: what is run, each called as :class:`Block` is.
-        image_size, patch_size, in_chans, embed_dim, num_heads, drop_path_rate, norm_eps: as those
-            of :class:`VisionTransformer`.
+        image_size, patch_size, in_chans, embed_dim, num_heads, drop_path_rate, norm_eps,
+            num_register_tokens: as those of :class:`VisionTransformer`.
     """
 
-    num_prefix_tokens = 1
+    embedding = "patch_embed"  # the name under which the weights of patch_embed are published
     checkpoint_activations = False  # see run_block
 
     def __init__(
@@ -54,6 +79,7 @@ class ClassTokenTransformer(nn.Module):
         num_heads: int,
         drop_path_rate: float,
         norm_eps: float,
+        num_register_tokens: int = 0,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
@@ -61,7 +87,13 @@ class ClassTokenTransformer(nn.Module):
         side = image_size // patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, embed_dim))
-        self.patch_embed = patch_embed
+        self.num_prefix_tokens = 1 + num_register_tokens
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
+            if num_register_tokens
+            else None
+        )
+        self.add_module(self.embedding, patch_embed)
         self.blocks = nn.ModuleList(blocks)
         self.depth = len(self.blocks)
         self.drop_path_rates = linear_rates(drop_path_rate, self.depth)
@@ -70,6 +102,9 @@ class ClassTokenTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         init_linear_layers(self)
+        if self.register_tokens is not None:
+            # Drawn last: all other first weights are those of a network without.
+            nn.init.trunc_normal_(self.register_tokens, std=0.02)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """The normalised class tokens, ``(B, D)``.
@@ -90,7 +125,7 @@ class ClassTokenTransformer(nn.Module):
     def forward_features(self, images: Tensor) -> Features:
         """Class token, patches and their grid, normalised."""
         (x,) = self.get_intermediate_layers(images)
-        return Features(x[:, 0], x[:, 1:], self._grid(images))
+        return Features(x[:, 0], x[:, self.num_prefix_tokens :], self._grid(images))
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last ``n`` blocks, first to last, normalised, each ``(B, T, D)``."""
@@ -102,25 +137,30 @@ class ClassTokenTransformer(nn.Module):
                 outputs.append(self.norm(x))
         return outputs
 
-    def _last_maps(self, images: Tensor) -> Tensor:
-        """The maps that the last block takes values by, ``(B, h, T, T)``; the class token first."""
+    def _maps(self, images: Tensor, block: int) -> Tensor:
+        """The maps that a block takes values by, ``(B, h, T, T)``; the class token first."""
+        index = block_index(block, self.depth)
         x = self._tokens(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        last = self.blocks[-1]
-        return last.attn.attention(last.norm1(x))
+        for before in self.blocks[:index]:
+            x = before(x)
+        own = self.blocks[index]
+        return own.attn.attention(own.norm1(x))
 
     def _tokens(self, images: Tensor) -> Tensor:
         grid = self._grid(images)
         patches = self._patches(images)  # (B, N, D)
         cls = self.cls_token.expand(len(images), -1, -1)  # (B, 1, D)
-        return torch.cat((cls, patches), dim=1) + self._positions(grid)  # (B, T, D)
+        x = torch.cat((cls, patches), dim=1) + self._positions(grid)  # (B, 1+N, D)
+        if self.register_tokens is None:
+            return x
+        registers = self.register_tokens.expand(len(images), -1, -1)  # (B, R, D)
+        return torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)  # (B, T, D)
 
     def _patches(self, images: Tensor) -> Tensor:
         return self.patch_embed(images)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings ``(1, T, D)`` for a grid of patches."""
+        """Position embeddings ``(1, 1+N, D)`` for a grid of patches; registers have none."""
         side = self.image_size // self.patch_size
         if grid == (side, side):
             return self.pos_embed
@@ -139,7 +179,23 @@ class ClassTokenTransformer(nn.Module):
         return patch_grid(images, self.in_chans, self.patch_size)
 
 
-class VisionTransformer(ClassTokenTransformer):
+class SelfAttentionTransformer(ClassTokenTransformer):
+    """One whose blocks all take values by the softmax itself."""
+
+    def get_last_selfattention(self, images: Tensor) -> Tensor:
+        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
+        return self._maps(images, -1)
+
+    def get_selfattention(self, images: Tensor, block: int) -> Tensor:
+        """The attention of one block, counted from 0, or from the end as -1; else as the last's.
+
+        Raises:
+            UserError: there is no such block.
+        """
+        return self._maps(images, block)
+
+
+class VisionTransformer(SelfAttentionTransformer):
     """Images ``(B, C, H, W)``, sides multiples of the patch size, to class tokens ``(B, D)``.
 
     Any such sides will do: the position embedding, made for ``image_size``, is interpolated.
@@ -155,9 +211,12 @@ class VisionTransformer(ClassTokenTransformer):
         qkv_bias: whether query, key and value have a bias.
         drop_path_rate: the last block's rate of stochastic depth; it grows linearly from 0.
         norm_eps: epsilon of every LayerNorm.
+        num_register_tokens: R, learnt tokens without a position, after the class token.
+        layer_scale: first value of the learnt factors, one a channel, by which each residual branch
+            is multiplied, such as 1e-5; None for none.
 
     Raises:
-        UserError: the sizes do not fit together.
+        UserError: the sizes do not fit together, or an option is out of its range.
     """
 
     def __init__(
@@ -172,6 +231,8 @@ class VisionTransformer(ClassTokenTransformer):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
+        num_register_tokens: int = 0,
+        layer_scale: float | None = None,
     ):
         check_sizes(
             drop_path_rate,
@@ -182,10 +243,21 @@ class VisionTransformer(ClassTokenTransformer):
             depth=depth,
             num_heads=num_heads,
         )
+        if num_register_tokens < 0:
+            raise UserError(
+                f"num_register_tokens is {num_register_tokens}; it is a whole number from 0."
+            )
+        if layer_scale is not None and not 0.0 < layer_scale < math.inf:
+            raise UserError(
+                f"layer_scale is {layer_scale}; it is a number above 0, or None for no LayerScale."
+            )
         hidden = int(embed_dim * mlp_ratio)
         super().__init__(
             PatchEmbed(patch_size, in_chans, embed_dim),
-            [Block(embed_dim, num_heads, hidden, qkv_bias, norm_eps) for _ in range(depth)],
+            [
+                Block(embed_dim, num_heads, hidden, qkv_bias, norm_eps, layer_scale)
+                for _ in range(depth)
+            ],
             image_size=image_size,
             patch_size=patch_size,
             in_chans=in_chans,
@@ -193,22 +265,29 @@ class VisionTransformer(ClassTokenTransformer):
             num_heads=num_heads,
             drop_path_rate=drop_path_rate,
             norm_eps=norm_eps,
+            num_register_tokens=num_register_tokens,
         )
-
-    def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """The last block's attention after the softmax, ``(B, h, T, T)``; the class token first."""
-        return self._last_maps(images)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each on the normalised tokens and added to them."""
+    """Attention, then an MLP, each on the normalised tokens, scaled if asked, and added to them."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, qkv_bias: bool, norm_eps: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        qkv_bias: bool,
+        norm_eps: float,
+        layer_scale: float | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, hidden)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
         self, x: Tensor, kept=(None, None), rates=(0.0, 0.0), queries: int | None = None
@@ -220,10 +299,21 @@ class Block(nn.Module):
         """
 
         def attended(y: Tensor) -> Tensor:
-            return self.attn(self.norm1(y), queries)
+            return self.ls1(self.attn(self.norm1(y), queries))
 
         x = add_branch(x[:, :queries], attended, kept[0], rates[0], sees=x)
-        return add_branch(x, lambda y: self.mlp(self.norm2(y)), kept[1], rates[1])
+        return add_branch(x, lambda y: self.ls2(self.mlp(self.norm2(y))), kept[1], rates[1])
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel: ``(..., D)`` to the same."""
+
+    def __init__(self, dim: int, first: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(first)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):

@@ -1,7 +1,7 @@
 """``dino-kit attention``: what each head of a checkpoint looks at, as pictures or a page.
 
-Of a network that has no attention, its Re-Attention or token mixing, and how like the whole its
-patches are.
+Or what comes of the attention of all blocks together. Of a network that has no attention, its
+Re-Attention or token mixing, and how like the whole its patches are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from dino_kit import distributed, evaluation, files, log
+from dino_kit.backbones.layers import block_index
+from dino_kit.backbones.maps import KINDS, available, lacking, title
 from dino_kit.config.evaluate import AttentionConfig
 from dino_kit.data.decode import decode
 from dino_kit.data.pixels import Pixels
@@ -30,12 +32,6 @@ from dino_kit.weights import Loaded
 
 _PAGE, _RECORD = "attention.html", "attention.json"
 # Kinds of maps, by what a network without them lacks, and what they are.
-_KINDS = {
-    "attention": ("self-attention", "attention maps"),
-    "reattention": ("Re-Attention", "maps of its last Re-Attention, which have a sign"),
-    "mixing": ("token mixing by a matrix", "rows of its last token mixing"),
-    "similarity": ("", "the similarity of each patch to the pooled feature"),
-}
 
 
 def run(config: AttentionConfig) -> None:
@@ -60,6 +56,9 @@ def run(config: AttentionConfig) -> None:
         transform.image_size, backbone.patch_size, as_trained
     )
     page = Page(target / _PAGE, len(images), _origin(loaded, config)) if config.html else None
+    block = None
+    if kinds == ("attention",):
+        block = block_index(-1 if config.block is None else config.block, backbone.depth)
     sheets: list[Path] = []
     on_page = 0
     with log.progress(len(images), kinds[0] if len(kinds) == 1 else "maps") as advance:
@@ -84,7 +83,9 @@ def run(config: AttentionConfig) -> None:
             "refuse": lambda picture, error: leave_out(UserError(f"{picture.title}: {error}")),
         }
         if kinds == ("attention",):
-            on_page = show(backbone, pictures, threshold=config.threshold, page=page, **options)
+            on_page = show(
+                backbone, pictures, block=block, threshold=config.threshold, page=page, **options
+            )
         else:
             patches.show(backbone, pictures, kinds, **options)
     if not sheets:
@@ -92,6 +93,7 @@ def run(config: AttentionConfig) -> None:
     record = {
         "images": [sheet.parent.relative_to(target).as_posix() for sheet in sheets],
         "maps": list(kinds),
+        "block": block,
         "image_size": list(image_size),
         "interpolation": None if transform.crop_without_resize else "bilinear",
         **{name: value for name, value in transform.plain().items() if name != "image_size"},
@@ -112,23 +114,25 @@ def run(config: AttentionConfig) -> None:
 
 def _kinds(config: AttentionConfig, backbone: nn.Module) -> tuple[str, ...]:
     """The kinds of maps to show: the one asked for; else attention, or all that there are."""
-    there = patches.available(backbone)
+    there = available(backbone)
     kinds = (config.maps,) if config.maps else ("attention",) if "attention" in there else there
-    name, lacks = type(backbone).__name__, "attention" not in there
+    name, lacks = title(backbone), "attention" not in there
+    takes = " or ".join(filter(None, (", ".join(there[:-1]), there[-1])))
     for kind in kinds:
         if kind not in there:
             raise UserError(
-                f"{name} has no {_KINDS[kind][0]}, so --maps {kind} has nothing to show; it takes "
-                f"{' or '.join(there)} here."
+                f"{name} has no {lacking(backbone, kind)}, so --maps {kind} has nothing to show; it takes "
+                f"{takes} here."
             )
-    for flag in ("html", "threshold"):
-        if "attention" not in kinds and getattr(config, flag):
-            why = f"{name} has no self-attention" if lacks else f"--maps is {config.maps}"
+    for flag in ("html", "threshold", "block"):
+        given = getattr(config, flag)
+        if "attention" not in kinds and given is not None and given is not False:
+            why = f"{name} has no {lacking(backbone, 'attention')}" if lacks else f"--maps is {config.maps}"
             raise UserError(f"--{flag} is for attention maps, and {why}; leave it out.")
     if lacks and not config.maps:
-        instead = " and ".join(_KINDS[kind][1] for kind in kinds)
+        instead = " and ".join(KINDS[kind].shows for kind in kinds)
         log.notice(
-            f"{name} has no self-attention, so there are no attention maps; shown instead: "
+            f"{name} has no {lacking(backbone, 'attention')}, so there are no attention maps; shown instead: "
             f"{instead}."
         )
     return kinds

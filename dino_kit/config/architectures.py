@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dino_kit.config.fields import nearest
 from dino_kit.errors import UserError
 
-# Width, blocks, heads; the MLP is four times as wide (Dosovitskiy et al., Touvron et al. 2021).
-VIT_SIZES = {
+# Width, blocks, heads; the MLP is four times as wide where nothing else is said (Dosovitskiy et al.,
+# Touvron et al. 2021; the giant, ViT-G, is that of Zhai et al. 2022, "Scaling vision transformers").
+VIT_SIZES: dict[str, dict[str, int | float]] = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "vit_giant": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 8192 / 1664},
 }
 FREE_VIT = "vit"  # sizes are given one by one
 # Width and blocks (Touvron et al. 2021, "ResMLP").
@@ -31,8 +34,39 @@ DEEPVIT_SIZES = {
     "deepvit_l": {"embed_dim": 420, "depth": 32, "num_heads": 12, "reattention_blocks": 12},
 }
 FREE_DEEPVIT = "deepvit"
+# Width of the first stage; blocks, heads and width of stripes of each of four stages, for images of
+# 224 pixels (Dong et al. 2021, published code); the MLP is four times as wide.
+CSWIN_SIZES = {
+    "cswin_tiny": {
+        "embed_dim": 64, "depths": [1, 2, 21, 1], "heads": [2, 4, 8, 16],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_small": {
+        "embed_dim": 64, "depths": [2, 4, 32, 2], "heads": [2, 4, 8, 16],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_base": {
+        "embed_dim": 96, "depths": [2, 4, 32, 2], "heads": [4, 8, 16, 32],
+        "split_sizes": [1, 2, 7, 7],
+    },
+    "cswin_large": {
+        "embed_dim": 144, "depths": [2, 4, 32, 2], "heads": [6, 12, 24, 24],
+        "split_sizes": [1, 2, 7, 7],
+    },
+}  # fmt: skip
+FREE_CSWIN = "cswin"
 # Whose Re-Attention's maps are multiplied by 1/√(width of a head): no tensor shows it.
 SCALED_REATTENTION = ("deepvit_s",)
+# Width, blocks, heads and the MLP's width over the tokens' (Yuan et al. 2021, published code).
+T2T_SIZES = {
+    "t2t_vit_7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_10": {"embed_dim": 256, "depth": 10, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_12": {"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2.0},
+    "t2t_vit_14": {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0},
+    "t2t_vit_19": {"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0},
+    "t2t_vit_24": {"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3.0},
+}
+FREE_T2T = "t2t_vit"
 # How a ResMLP, whose token mixing is made for one grid of patches, meets another: it carries the
 # mixing over, or resizes the image. The first is what it does where nothing else is said: in equal
 # time its features were the better ones (README, "Without attention").
@@ -78,7 +112,7 @@ class Family(NamedTuple):
 
     title: str  # what a sentence calls one of them
     free: str  # the name whose sizes are given one by one; of a library how its names are written
-    sizes: dict[str, dict[str, int]]  # of the other names
+    sizes: dict[str, dict[str, Any]]  # of the other names
     needed: tuple[str, ...]  # the sizes that the free name must be given
     optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
@@ -98,7 +132,23 @@ DEEPVIT = Family(
     ("embed_dim", "depth", "num_heads"),
     ("mlp_ratio", "reattention_blocks"),
 )
-FAMILIES = (VIT, RESMLP, DEEPVIT)
+T2T = Family(
+    "a T2T-ViT",
+    FREE_T2T,
+    T2T_SIZES,
+    ("embed_dim", "depth", "num_heads"),
+    takes_patch_size=False,
+    patch_size=16,
+)
+CSWIN = Family(
+    "a CSWin Transformer",
+    FREE_CSWIN,
+    CSWIN_SIZES,
+    ("embed_dim",),
+    takes_patch_size=False,
+    patch_size=32,
+)
+FAMILIES = (VIT, RESMLP, DEEPVIT, T2T, CSWIN)
 BUILDABLE = tuple(name for family in FAMILIES for name in (*family.sizes, family.free))
 
 

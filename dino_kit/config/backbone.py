@@ -17,19 +17,19 @@ class Backbone:
 
     arch: str = option(
         "vit_small",
-        "Name of the architecture: vit_tiny, vit_small, vit_base, vit_large, resmlp_s12, "
-        "resmlp_s24, resmlp_s36, resmlp_b24, deepvit_s, deepvit_l, or vit, resmlp or deepvit with "
-        "the sizes given below; or a model of a library as timm:NAME, torchvision:NAME, hf:FOLDER (a "
-        "configuration of transformers) or python:PACKAGE.MODULE:CALLABLE. The reference's names are "
-        "understood, too: deit_small is vit_small, and resnet50 is torchvision:resnet50.",
+        f"Name of the architecture: {', '.join(architectures.BUILDABLE)}, of which those without a size "
+        "in their names need the sizes given below; or a model of a library as timm:NAME, "
+        "torchvision:NAME, hf:FOLDER (a configuration of transformers) or "
+        "python:PACKAGE.MODULE:CALLABLE. The reference's names are understood, too: deit_small is "
+        "vit_small, and resnet50 is torchvision:resnet50.",
         then=architectures.canonical,
     )
     arch_options: tuple[str, ...] | None = option(
         None,
         "Arguments of the architecture that have no flag: words KEY=VALUE, values as in YAML, such as "
-        "num_register_tokens=4 of a ViT. Of a library's model they go to the library, of python: to "
-        "the callable but for two: without=PART takes a part out, as a classifier, and tokens=PART "
-        "names the part that gives out the tokens.",
+        "num_register_tokens=4 of a ViT, or depths=[1,2,21,1] and heads=[2,4,8,16] of cswin. Of a "
+        "library's model they go to the library, of python: to the callable but for two: without=PART "
+        "takes a part out, as a classifier, and tokens=PART names the part that gives out the tokens.",
         then=arch_options.check,
     )
     patch_size: int = option(
@@ -39,17 +39,19 @@ class Backbone:
         low=1,
     )
     embed_dim: int | None = option(
-        None, "Width of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
+        None, "Width of --arch vit, resmlp, deepvit or t2t_vit, or of the first stage of cswin.",
+        low=1, nothing="by --arch",
     )
     depth: int | None = option(
-        None, "Number of blocks of --arch vit, resmlp or deepvit.", low=1, nothing="by --arch"
+        None, "Number of blocks of --arch vit, resmlp, deepvit or t2t_vit.", low=1,
+        nothing="by --arch",
     )
     num_heads: int | None = option(
-        None, "Attention heads of --arch vit or deepvit.", low=1, nothing="by --arch"
+        None, "Attention heads of --arch vit, deepvit or t2t_vit.", low=1, nothing="by --arch"
     )
     mlp_ratio: float | None = option(
-        None, "Width of the MLP over that of --arch vit, resmlp or deepvit.", above=0, high=100,
-        nothing="4; 3 of a DeepViT",
+        None, "Width of the MLP over that of --arch vit, resmlp, deepvit, t2t_vit or cswin.", above=0,
+        high=100, nothing="4; 3 of a DeepViT or T2T-ViT",
     )
     reattention_blocks: int | None = option(
         None, "Blocks of --arch deepvit, the last ones, that have Re-Attention.", low=1,

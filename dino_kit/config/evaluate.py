@@ -50,7 +50,7 @@ class Checkpoint:
         nothing="the checkpoint's",
     )
     arch_options: tuple[str, ...] | None = option(
-        None, "What a library's model was built with, KEY=VALUE, likewise.",
+        None, "What a library's model, or a CSWin Transformer, was built with, KEY=VALUE, likewise.",
         nothing="the checkpoint's", then=arch_options.check,
     )
     in_chans: int | None = option(
@@ -250,12 +250,20 @@ class Picture:
     download: bool = option(
         False, "Fetch a dataset that is known by name and is not here yet.", switch=True
     )
-    maps: Literal["attention", "reattention", "mixing", "similarity"] | None = option(
+    maps: (
+        Literal["attention", "rollout", "reattention", "classattention", "mixing", "similarity"] | None
+    ) = option(
         None,
-        "What to show: attention of the class token; reattention, that of a DeepViT, mixed and "
-        "normalised; mixing, rows of the matrix by which a ResMLP mixes its patches; or similarity "
-        "of each patch to the pooled feature.",
+        "What to show: attention of the class token in one block; rollout, its attention followed "
+        "through all blocks; reattention, that of a DeepViT, mixed and normalised; classattention, "
+        "that of the class token where it alone attends, as in an XCiT or a CaiT; mixing, rows of the "
+        "matrix by which a ResMLP mixes its patches; or similarity of each patch to the pooled "
+        "feature.",
         nothing="attention; of a network that has none, all that it has",
+    )
+    block: int | None = option(
+        None, "The block whose attention is shown, counted from 0, or from the end as -1.",
+        nothing="the last",
     )
     image_size: tuple[int, ...] | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Where the last block's attention goes.
+"""Where the attention of the last block, or of another, goes.
 
 Source: Caron et al. 2021, section 4.2.2 and figure 3: the attention of the class token to the
 patches, head by head, and the mask of those that hold a share of its mass.
@@ -19,7 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import frozen
-from dino_kit.backbones.interface import HasReAttention, HasSelfAttention, HasTokenMixing
+from dino_kit.backbones.interface import (
+    HasClassAttention,
+    HasReAttention,
+    HasSelfAttention,
+    HasTokenMixing,
+)
+from dino_kit.backbones.maps import has_class_token, no_selfattention, title
 from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
 from dino_kit.errors import UserError
@@ -109,46 +115,38 @@ def to_tensor(
 
 
 def require_attention(backbone: nn.Module) -> None:
-    """Raises :class:`UserError` where ``backbone`` has no attention between all of its tokens."""
-    if isinstance(backbone, HasSelfAttention):
-        return
-    name = type(backbone).__name__
-    if isinstance(backbone, HasReAttention):
-        raise UserError(
-            f"The last maps of {name} are mixed and normalised after the softmax, so they are no "
-            "self-attention; get_last_reattention has them, and --maps reattention shows them."
-        )
-    raise UserError(
-        f"{name} has no self-attention among all of its tokens, so there are no attention maps to "
-        "show; a vision transformer has them."
-    )
+    """Raises :class:`NoSelfAttention` where ``backbone`` has none between all of its tokens, or no
+    class token among them."""
+    if not isinstance(backbone, HasSelfAttention) or not has_class_token(backbone):
+        raise no_selfattention(backbone)
 
 
-def attention_rows(backbone: nn.Module, image: Tensor) -> Tensor:
-    """What every token looks at: its attention to each patch in the last block, head by head.
+def attention_rows(backbone: nn.Module, image: Tensor, block: int = -1) -> Tensor:
+    """What every token looks at: its attention to each patch in one block, head by head.
 
     Args:
-        backbone: one with ``get_last_selfattention``; it runs in eval mode and float32.
+        backbone: one with ``get_selfattention``; it runs in eval mode and float32.
         image: ``(C, H, W)``, normalised, on the backbone's device; its sides are multiples of the
             patch size.
+        block: which block, counted from 0, or from the end as -1.
 
     Returns:
         ``(heads, T, N)`` float32 on the CPU; the prefix tokens' rows come first. A row sums to at
         most 1: the rest goes to the prefix tokens.
 
     Raises:
-        UserError: no self-attention; an image that does not fit the backbone, or of so many
-            patches that their maps do not fit into memory.
+        UserError: no self-attention, or no such block; an image that does not fit the backbone, or
+            of so many patches that their maps do not fit into memory.
     """
-    attention = _attention(backbone, image)
+    attention = _attention(backbone, image, block)
     return attention[:, :, backbone.num_prefix_tokens :].float().cpu()
 
 
-def attention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
+def attention_maps(backbone: nn.Module, image: Tensor, block: int = -1) -> Tensor:
     """The class token's attention to each patch, ``(heads, h, w)``; else as attention_rows."""
-    attention = _attention(backbone, image)
+    attention = _attention(backbone, image, block)
     rows = attention[:, 0, backbone.num_prefix_tokens :].float().cpu()
-    return rows.unflatten(1, _grid(backbone, image))
+    return rows.unflatten(1, grid_of(backbone, image))
 
 
 def reattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
@@ -158,13 +156,29 @@ def reattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
     """
     if not isinstance(backbone, HasReAttention):
         raise UserError(
-            f"{type(backbone).__name__} has no Re-Attention, so there are no maps of it to show; a "
+            f"{title(backbone)} has no Re-Attention, so there are no maps of it to show; a "
             "DeepViT has them."
         )
     with looking(backbone, image):
         maps = backbone.get_last_reattention(image[None])[0]
     rows = maps[:, 0, backbone.num_prefix_tokens :].float().cpu()
-    return rows.unflatten(1, _grid(backbone, image))
+    return rows.unflatten(1, grid_of(backbone, image))
+
+
+def classattention_maps(backbone: nn.Module, image: Tensor) -> Tensor:
+    """The class token's attention to each patch where it alone attends, ``(heads, h, w)``.
+
+    Of the last block, float32, on the CPU; arguments and errors as of attention_rows.
+    """
+    if not isinstance(backbone, HasClassAttention):
+        raise UserError(
+            f"{title(backbone)} has no blocks in which the class token alone attends, so there are no "
+            "maps of them to show; an XCiT and a CaiT have them."
+        )
+    with looking(backbone, image):
+        maps = backbone.get_last_classattention(image[None])[0]
+    rows = maps[:, backbone.num_prefix_tokens :].float().cpu()
+    return rows.unflatten(1, grid_of(backbone, image))
 
 
 def threshold_mask(attention: Tensor, keep: float) -> Tensor:
@@ -201,14 +215,15 @@ def smaller_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:
     return rows, min(max(1, int(columns * scale)), most // rows)
 
 
-def _grid(backbone: nn.Module, image: Tensor) -> tuple[int, int]:
+def grid_of(backbone: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Patches down and across of an image ``(C, H, W)``."""
     return image.shape[1] // backbone.patch_size, image.shape[2] // backbone.patch_size
 
 
-def _attention(backbone: nn.Module, image: Tensor) -> Tensor:
+def _attention(backbone: nn.Module, image: Tensor, block: int) -> Tensor:
     require_attention(backbone)
     with looking(backbone, image):
-        return backbone.get_last_selfattention(image[None])[0]
+        return backbone.get_selfattention(image[None], block)[0]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit import attention_page, figures, files
+from dino_kit.backbones.layers import block_index
 from dino_kit.data import bands
 from dino_kit.data.augment import center_crop
 from dino_kit.data.bands import Bands
@@ -34,6 +35,30 @@ def stop(picture: Picture, error: UserError) -> None:
     raise error
 
 
+def fitted(
+    pictures: Iterable[Picture],
+    backbone: nn.Module,
+    image_size: Sequence[int],
+    crop_without_resize: bool,
+    refuse: Callable[[Picture, UserError], object],
+) -> Iterator[tuple[Picture, Image.Image | Bands]]:
+    """Each picture with its image as it is looked at; arguments as those of :func:`show`.
+
+    Raises:
+        UserError: no image of that size has a patch or as few patches as can be shown.
+    """
+    attention.require_size(image_size, backbone.patch_size)
+    for picture in pictures:
+        try:
+            image = attention.fit(
+                picture.image, image_size, backbone.patch_size, crop_without_resize
+            )
+        except UserError as error:
+            refuse(picture, error)
+            continue
+        yield picture, image
+
+
 class Page(NamedTuple):
     """A page to write."""
 
@@ -47,6 +72,7 @@ def show(
     pictures: Iterable[Picture],
     *,
     image_size: Sequence[int],
+    block: int = -1,
     crop_without_resize: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -62,6 +88,7 @@ def show(
         backbone: has self-attention; runs in eval mode and float32, where it is.
         pictures: taken one after the other, so they may be made as they are needed.
         image_size: height and width to which images are resized; one number is the shorter side.
+        block: the block whose attention is shown, counted from 0, or from the end as -1.
         crop_without_resize: nothing is resized; so much is cut out of the centre of the images.
         mean, std: of each channel, pixels in [0, 1].
         threshold: the share of the attention that masks keep; None for no masks.
@@ -75,32 +102,28 @@ def show(
         How many images the page shows; where it would show none, it is not written.
 
     Raises:
-        UserError: the backbone has no self-attention, or takes no images of that size; an image's
-            maps do not fit into memory.
+        UserError: the backbone has no self-attention or no such block, or takes no images of that
+            size; an image's maps do not fit into memory.
     """
     attention.require_attention(backbone)
-    attention.require_size(image_size, backbone.patch_size)
+    block = block_index(block, backbone.depth)
+    last = backbone.depth - 1
+    named = "" if block == last else f"block {block} of 0 to {last}"
     device = next(backbone.parameters()).device
 
     def see(image: Image.Image | Bands) -> Tensor:
         return attention.to_tensor(image, mean, std).to(device)  # (C, H, W)
 
     exhibits: list[attention_page.Exhibit] = []
-    for picture in pictures:
-        try:
-            image = attention.fit(
-                picture.image, image_size, backbone.patch_size, crop_without_resize
-            )
-        except UserError as error:
-            refuse(picture, error)
-            continue
-        maps = attention.attention_maps(backbone, see(image))  # (heads, h, w)
+    for picture, image in fitted(pictures, backbone, image_size, crop_without_resize, refuse):
+        maps = attention.attention_maps(backbone, see(image), block)  # (heads, h, w)
         sight = bands.picture(image)
         written = figures.save_attention(
             picture.folder,
             sight,
             maps.numpy(),
             title=picture.title,
+            block=named,
             masks=None if threshold is None else _masks(maps, threshold).numpy(),
             keep=threshold,
             facts=facts,
@@ -117,12 +140,14 @@ def show(
                 sight = bands.picture(small)
             else:
                 small = image.resize((width, height))
-            rows = attention.attention_rows(backbone, see(small))  # (heads, T, N)
+            rows = attention.attention_rows(backbone, see(small), block)  # (heads, T, N)
             note = _note(grid, maps.shape[1:])
             exhibits.append(attention_page.exhibit(picture.title, sight, rows.numpy(), grid, note))
     if exhibits:
         colours = {name: figures.colour_table(name) for name in _COLOURS}
-        text = attention_page.page("Attention", page.origin, exhibits, colours, threshold)
+        text = attention_page.page(
+            "Attention", page.origin, exhibits, colours, threshold, named or "the last block"
+        )
         files.write_text(page.path, text)
     return len(exhibits)
 

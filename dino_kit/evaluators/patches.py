@@ -1,6 +1,8 @@
-"""What there is to see of patches without attention: their similarity to the whole, their mixing.
+"""What there is to see of an image's patches besides what each head attends to.
 
-And what a class token takes from them by Re-Attention, which has a sign as mixing has.
+Rollout, which is of all blocks together; what a class token looks at where it alone attends; the
+patches' similarity to the whole, which every network has; rows of a token mixing; and what a class
+token takes from patches by Re-Attention, which has a sign as mixing has.
 
 Legend: C channels, H and W pixels, N = h·w patches, R rows of the mixing that are shown.
 """
@@ -13,33 +15,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from dino_kit import patch_figures
 from dino_kit.backbones.interface import (
     Features,
-    HasReAttention,
-    HasSelfAttention,
     HasTokenMixing,
 )
+from dino_kit.backbones.maps import title
 from dino_kit.data import bands
 from dino_kit.errors import UserError
 from dino_kit.evaluators import attention
-from dino_kit.evaluators.gallery import Picture, stop
+from dino_kit.evaluators.gallery import Picture, fitted, stop
+from dino_kit.evaluators.rollout import rollout_map
 from dino_kit.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 _ALONG_A_SIDE = 3  # rows of the mixing are shown for so many patches down and across
-
-
-def available(backbone: nn.Module) -> tuple[str, ...]:
-    """The kinds of maps that ``backbone`` has, what it tells most by first."""
-    has = {
-        "attention": isinstance(backbone, HasSelfAttention),
-        "reattention": isinstance(backbone, HasReAttention),
-        "mixing": isinstance(backbone, HasTokenMixing),
-        "similarity": True,
-    }
-    return tuple(kind for kind, there in has.items() if there)
 
 
 def look(backbone: nn.Module, image: Tensor) -> Features:
@@ -81,7 +73,7 @@ def mixing_rows(backbone: nn.Module, grid: tuple[int, int]) -> Mixing:
     """
     if not isinstance(backbone, HasTokenMixing):
         raise UserError(
-            f"{type(backbone).__name__} mixes its tokens by no matrix of weights, so it has no "
+            f"{title(backbone)} mixes its tokens by no matrix of weights, so it has no "
             "rows of one to show; a ResMLP has them."
         )
     matrix = backbone.get_last_mixing(grid).float().cpu()  # (N, N)
@@ -115,34 +107,51 @@ def show(
     """Write for each picture what :func:`~dino_kit.patch_figures.save_patches` lists.
 
     Args:
-        kinds: of ``"reattention"``, ``"mixing"`` and ``"similarity"`` those to show.
+        kinds: those to show; of those of :data:`~dino_kit.backbones.maps.KINDS` all but attention.
         backbone, pictures, image_size, crop_without_resize, mean, std, facts, advance, refuse: as
             those of :func:`~dino_kit.evaluators.gallery.show`.
 
     Raises:
         UserError: the backbone lacks what is to be shown, or takes no images of that size.
     """
-    attention.require_size(image_size, backbone.patch_size)
     device = next(backbone.parameters()).device
-    for picture in pictures:
-        try:
-            image = attention.fit(
-                picture.image, image_size, backbone.patch_size, crop_without_resize
-            )
-        except UserError as error:
-            refuse(picture, error)
-            continue
+    for picture, image in fitted(pictures, backbone, image_size, crop_without_resize, refuse):
         seen = attention.to_tensor(image, mean, std).to(device)  # (C, H, W)
-        features = look(backbone, seen)
-        mixing = mixing_rows(backbone, features.grid) if "mixing" in kinds else None
-        heads = attention.reattention_maps(backbone, seen) if "reattention" in kinds else None
+        sight = bands.picture(image)
+        parts = [draw(backbone, seen, sight) for kind, draw in _PARTS.items() if kind in kinds]
         written = patch_figures.save_patches(
-            picture.folder,
-            bands.picture(image),
-            title=picture.title,
-            similarity=similarity_map(features).numpy() if "similarity" in kinds else None,
-            mixing=None if mixing is None else (mixing.places, mixing.rows.numpy()),
-            reattention=None if heads is None else heads.numpy(),
-            facts=facts,
+            picture.folder, sight, parts, title=picture.title, facts=facts
         )
         advance(written[0])
+
+
+def _rollout(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    return patch_figures.rollout(sight, rollout_map(backbone, seen).numpy())
+
+
+def _similarity(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    return patch_figures.similarity(sight, similarity_map(look(backbone, seen)).numpy())
+
+
+def _mixing(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    places, rows = mixing_rows(backbone, look(backbone, seen).grid)
+    return patch_figures.mixing(sight, places, rows.numpy())
+
+
+def _classattention(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    maps = attention.classattention_maps(backbone, seen)
+    return patch_figures.classattention(sight, maps.numpy())
+
+
+def _reattention(backbone: nn.Module, seen: Tensor, sight: Image.Image) -> patch_figures.Part:
+    return patch_figures.reattention(sight, attention.reattention_maps(backbone, seen).numpy())
+
+
+# In their order on a sheet.
+_PARTS = {
+    "rollout": _rollout,
+    "classattention": _classattention,
+    "similarity": _similarity,
+    "mixing": _mixing,
+    "reattention": _reattention,
+}

@@ -11,7 +11,8 @@ from dino_kit.errors import UserError
 def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     """Let the token mixing and the MLP of every block be compiled when they are first called.
 
-    On a CPU the MLP alone: compiled, products and attention would be by slower libraries there.
+    On a CPU the MLP alone: compiled, products and attention would be by slower libraries there. So
+    it is of a CSWin's blocks everywhere, whose stripes the compiler cannot cut by symbols.
 
     The names in the state dict stay. Stochastic depth gives a branch another number of images at
     every step, so sizes are symbols; and it is left outside, as are the norms, whose kernels are
@@ -22,7 +23,8 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     """
     _require_compiler(device)
     for block in backbone.blocks:
-        for branch in (block.mlp,) if device.type == "cpu" else (block.attn, block.mlp):
+        names = ("mlp",) if device.type == "cpu" else ("attn", "mlp")
+        for branch in (getattr(block, name) for name in names if hasattr(block, name)):
             branch.compile(dynamic=True)
 
 

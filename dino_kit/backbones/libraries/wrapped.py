@@ -10,6 +10,7 @@ Legend: B batch, C channels, H and W pixels, N patches, P prefix tokens, D width
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import run_block
+from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.errors import UserError
 
 _TRIED = 4  # sizes that are tried on either side of one that does not pass
 
 
-class LibraryBackbone(nn.Module):
+class LibraryBackbone(WithoutSelfAttention):
     """``model``, of which a subclass tells how to read it.
 
     Its tensors are called in the state dict as the library calls them.
@@ -67,6 +69,10 @@ class LibraryBackbone(nn.Module):
         """What :meth:`forward_features` gives."""
         raise NotImplementedError
 
+    def read_pooled(self, images: Tensor) -> Tensor:
+        """The pooled features alone, where they cost less than all."""
+        return self.read(images).pooled
+
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last ``n`` of ``depth`` blocks, of a hierarchical model of its last stage."""
         raise NotImplementedError
@@ -76,10 +82,7 @@ class LibraryBackbone(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The model's largest parts in order, each of which is computed by itself."""
-        parts = [part for part in self.model.children() if isinstance(part, nn.ModuleList)]
-        parts += [part for part in self.model.children() if isinstance(part, nn.Sequential)]
-        largest = max(parts, key=_size, default=())
-        return list(largest)
+        return largest_parts(self.model)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """The pooled features ``(B, D)``.
@@ -100,11 +103,13 @@ class LibraryBackbone(nn.Module):
 
         A vector is one in whatever shape it comes: a layer scale of (1, 1, D) or of (D, 1, 1), too.
         """
-        said = {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
-        return said | {
+        said = [_PREFIX + name for name in getattr(self.model, "no_weight_decay", set)()]
+        return {
             name
             for name, parameter in self.named_parameters()
-            if parameter.squeeze().ndim <= 1 or name.endswith(self.exempt)
+            if parameter.squeeze().ndim <= 1
+            or name.endswith(self.exempt)
+            or any(fnmatchcase(name, pattern) for pattern in said)
         }
 
     def require_sizes(self, sizes: Sequence[int], way_out: str = "") -> None:
@@ -127,7 +132,7 @@ class LibraryBackbone(nn.Module):
             self.keep_all()
         else:
             self._keep(keep, images.device)
-        return self.read(images).pooled
+        return self.read_pooled(images)
 
     def keep_all(self) -> None:
         """From here on no branch is dropped."""
@@ -146,6 +151,8 @@ class LibraryBackbone(nn.Module):
             with in_eval_mode(self), torch.no_grad():
                 self.keep_all()
                 features = self.read(self.blank(size))
+        except UserError:
+            raise
         except Exception as error:  # each library has its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -242,6 +249,13 @@ def do_not_train_the_unused(backbone: LibraryBackbone) -> list[str]:
     for name in unused:
         parameters[name].requires_grad_(False)
     return [name.removeprefix(_PREFIX) for name in unused]
+
+
+def largest_parts(model: nn.Module) -> list[nn.Module]:
+    """The elements of the largest list of modules that ``model`` has; none where it has no list."""
+    parts = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+    parts += [part for part in model.children() if isinstance(part, nn.Sequential)]
+    return list(max(parts, key=_size, default=()))
 
 
 def outputs_of(
