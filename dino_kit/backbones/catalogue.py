@@ -9,18 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dino_kit.backbones import maps
 from dino_kit.backbones.build import create_backbone
 from dino_kit.config import architectures
 from dino_kit.errors import UserError
-
-# What `dino-kit attention` can show, by the method that gives it (see the protocols of interface).
-MAPS = {
-    "attention": "get_last_selfattention",
-    "reattention": "get_last_reattention",
-    "classattention": "get_last_classattention",
-    "mixing": "get_last_mixing",
-}
-SIMILARITY = "similarity"  # of each patch to the pooled feature
 
 
 class Entry(NamedTuple):
@@ -31,7 +23,7 @@ class Entry(NamedTuple):
     parameters: int | None = None
     patch_size: int | None = None  # pixels of the side that a patch, or a place of the last map, has
     width: int | None = None
-    maps: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()  # kinds, see :mod:`~dino_kit.backbones.maps`
     fault: str | None = None  # why it cannot be built, and nothing is known of it
 
 
@@ -77,14 +69,13 @@ def describe(name: str) -> Entry:
     """
     meant = architectures.canonical(name)
     backbone = _build(meant)
-    maps = [kind for kind, method in MAPS.items() if hasattr(backbone, method)]
     return Entry(
         name,
         meant if meant != name else None,
         sum(p.numel() for p in backbone.parameters()),
         backbone.patch_size,
         backbone.embed_dim,
-        (*maps, *([SIMILARITY] if _gives_patches(backbone) else [])),
+        maps.available(backbone) if _gives_patches(backbone) else (),
     )
 
 

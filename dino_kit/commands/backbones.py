@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 
 from dino_kit import log
-from dino_kit.backbones import catalogue
+from dino_kit.backbones import catalogue, maps
 from dino_kit.backbones.catalogue import Entry
 from dino_kit.config import architectures
 from dino_kit.config.backbones import BackbonesConfig
 from dino_kit.errors import UserError
 
 _DETAILS = 24  # backbones at most that are built to be looked at: a second or so each
-_KINDS = {
-    "attention": "all tokens to all, after the softmax",
-    "reattention": "heads' maps mixed and normalised, so rows do not sum to one",
-    "classattention": "of the class token alone",
-    "mixing": "weights of patches for each other, the same for every image",
-    "similarity": "of each patch to the pooled feature",
-}
+_NOTES = {"reattention": "; rows do not sum to one"}
 
 
 def run(config: BackbonesConfig) -> None:
@@ -62,20 +56,19 @@ def _say_names(names: list[str]) -> None:
 def _say_entries(entries: list[Entry]) -> None:
     rows = []
     for entry in entries:
-        name = entry.name
-        if entry.stands_for and ":" not in entry.stands_for:
-            name = f"{name} = {entry.stands_for}"
         if entry.fault is None:
             sizes = [f"{entry.parameters / 1e6:.1f}", str(entry.patch_size), str(entry.width)]
-            rows.append((name, *sizes, ", ".join(entry.maps)))
+            rows.append((entry.name, *sizes, ", ".join(entry.maps)))
         else:
-            rows.append((name, "–", "–", "–", "–"))
+            rows.append((entry.name, "–", "–", "–", "–"))
     log.table("", ["name", "M param.", "patch", "width", "maps"], rows)
     seen = {kind for entry in entries for kind in entry.maps}
-    for kind, text in _KINDS.items():
-        if kind in seen:
-            log.say(f"{kind}: {text}")
+    for name, kind in maps.KINDS.items():
+        if name in seen:
+            log.paragraph(f"{name}: {kind.shows}{_NOTES.get(name, '')}")
     for entry in entries:
+        if entry.stands_for:
+            log.say(f"{entry.name} is {entry.stands_for}")
         if entry.fault:
             log.paragraph(entry.fault)
 
