@@ -26,6 +26,11 @@ class Shown:
     """Printing"""
 
     diff: str | None = option(None, "Show only what differs from this recipe: a name or a file.")
+    explain: bool = option(
+        False,
+        "Show besides, as comments, how the student's parameters begin and which of them decay.",
+        switch=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,7 @@ COMMANDS = {
         (
             "dino-kit config vits16_100ep --epochs 50 > mine.yaml",
             "dino-kit config mine.yaml --diff vits16_300ep",
+            "dino-kit config --arch vit_tiny --explain",
         ),
         takes_recipe=True,
         missing_ok=True,
