@@ -8,6 +8,7 @@ identity, so the code of a step is the same everywhere.
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Iterator
@@ -178,7 +179,10 @@ def data_parallel(network: torch.nn.Module, device: torch.device) -> torch.nn.Mo
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+    # Newer versions of PyTorch warn of the older name, and older ones do not know the newer.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(network, device_ids=devices, **{name: False})
 
 
 def choose_device(name: str) -> torch.device:

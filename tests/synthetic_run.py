@@ -127,7 +127,7 @@ def probe(folder: Path, epoch: int, each: int, labels: bool) -> dict:
         "images": 256,
         "seconds": 1.5,
         "sheet": sheet,
-        "sentence": "Effective rank and view retrieval still rise.",
+        "sentence": "effective rank 36.9, view retrieval 88.0 %; both still rise (since epoch 16).",
     }
     if labels:
         found |= {"knn_top1": 60 + 35 * grown, "knn_k": 20, "knn_bank": 1000, "knn_queries": 300}

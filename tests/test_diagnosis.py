@@ -92,6 +92,16 @@ def test_one_odd_line_is_no_collapse():
     assert follow(one, DEAD_LINE, [210]) == [LEARNING]
 
 
+def test_a_collapse_is_over_when_answers_depend_on_the_crop_again():
+    """A student that lags behind a teacher that says nothing has not begun to learn."""
+    one = diagnosis(0)
+    assert follow(one, ONE_POINT_LINE, range(10, 60, 10))[-1] == ONE_POINT
+    lagging = {"kl": 0.2, "teacher_information": 0.01}
+    assert set(follow(one, ONE_POINT_LINE | lagging, range(60, 110, 10))) == {ONE_POINT}
+    assert follow(one, UNIFORM_LINE | lagging, range(110, 160, 10))[-1] == UNIFORM
+    assert follow(one, HEALTHY, range(160, 210, 10))[-1] == LEARNING
+
+
 def test_a_state_is_not_told_from_fewer_than_three_lines():
     one = diagnosis(warmup_steps=0)
     assert follow(one, UNIFORM_LINE, (50, 100, 150)) == [WARMING_UP, WARMING_UP, UNIFORM]

@@ -33,6 +33,7 @@ def test_one_process_goes_on_as_two_in_another_place(
     flags = ("--num_workers", workers, "--device", "auto", "--batch_size_per_gpu", 4)
     ended = together("-c", PROGRAM, *words(tmp_path / "moved", tmp_path / "renamed", *flags))
     assert [one.status for one in ended] == [0, 0], ended
+    assert not any("Warning" in one.said for one in ended), ended
     assert result(tmp_path / "renamed")["step"] == 6
     assert [line["step"] for line in metrics(tmp_path / "renamed")] == [3, 6]
     assert_equal_up_to_rounding(whole, tmp_path / "renamed")

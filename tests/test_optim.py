@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dino_kit import sharding
+from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.vit import VisionTransformer
 from dino_kit.errors import UserError
 from dino_kit.heads import DINOHead
@@ -194,3 +195,23 @@ def test_states_go_to_and_from_the_optimizers_of_torch(name, plain):
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UserError, match="adamw, sgd, lars"):
         optim.build_optimizer("adam", optim.parameter_groups(network()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "exempt"),
+    [
+        ("vit", {"num_heads": 2}, set()),  # the reference's groups, where both of them decay
+        ("deepvit", {"num_heads": 2}, {"cls_token", "pos_embed"}),
+        ("resmlp", {}, set()),
+    ],
+)
+def test_what_decays_is_as_the_authors_of_a_backbone_have_it(name, options, exempt):
+    network = nn.Module()
+    network.backbone = create_backbone(name, image_size=16, embed_dim=8, depth=1, **options)
+    groups = optim.parameter_groups(network)
+    decayed = {id(p) for p in groups[0]["params"]}
+    others = {id(p) for p in groups[1]["params"]}
+    own = {n: p for n, p in network.backbone.named_parameters() if p.requires_grad}
+    assert {n for n, p in own.items() if id(p) in others and p.ndim > 1} == exempt
+    assert all(p.ndim > 1 for p in own.values() if id(p) in decayed)
+    assert len(decayed) + len(others) == len(own)

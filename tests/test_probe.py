@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -223,6 +224,25 @@ def test_no_checkpoint_is_best_that_is_below_the_untrained_network(tmp_path, mon
     scores(monkeypatch, [50.0, 12.0, 30.0, 20.0, 29.0])
     assert train(tmp_path / "run", "--probe_freq", 1, "--probe_data", "digits") == 0
     assert not (tmp_path / "run" / "checkpoint_best.pth").exists()
+
+
+def test_no_older_weights_are_called_best_where_those_of_the_best_probe_found_no_room(
+    tmp_path, monkeypatch, capsys
+):
+    save = checkpoint.save
+
+    def refused(folder, content, *more):
+        if content["step"] == 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, content, *more)
+
+    monkeypatch.setattr(checkpoint, "save", refused)
+    scores(monkeypatch, [10.0, 12.0, 11.0, 30.0, 29.0])
+    assert train(tmp_path / "run", "--probe_freq", 1, "--probe_data", "digits") == 0
+    best = files.read_weights(tmp_path / "run" / "checkpoint_best.pth")
+    kept = files.read_weights(tmp_path / "run" / "checkpoint0000.pth")
+    assert best["epoch"] == kept["epoch"] == 1
+    assert "checkpoint_best.pth is not of the best probe, that after step 15" in capsys.readouterr().err
 
 
 def test_a_probe_that_an_interruption_left_out_is_made_up_for(tmp_path, monkeypatch):

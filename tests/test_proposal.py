@@ -184,6 +184,17 @@ def test_each_value_has_a_reason_and_says_what_the_paper_has():
     assert "embed_dim: 192                      # the paper: 384\n" in text
 
 
+@pytest.mark.parametrize(("classes", "said"), [
+    (None, "no labels, and none are needed"), (1, "no labels, and none are needed"),
+    (10, "10 folders, which may be classes"),
+])  # fmt: skip
+def test_one_folder_is_no_class_and_the_hours_are_told_as_they_were_given(classes, said):
+    text = as_text(proposal_of(survey_of(classes=classes), hours=1.0), "dino-kit recipe images", "mine.yaml")
+    text = " ".join(text.replace("# ", "").split())
+    assert said in text and "of --hours 1, for" in text and "what --hours 1 holds" in text
+    assert "1 hours" not in text
+
+
 def test_what_stands_beside_a_value_is_what_the_papers_recipe_has():
     text = as_text(proposal_of(), "dino-kit recipe images", "mine.yaml")
     paper = fields.create(TrainConfig, PAPER, missing_ok=True)

@@ -298,6 +298,12 @@ def test_a_collapse_that_a_run_came_out_of_is_told(tmp_path):
     assert sentence in words(found)
 
 
+def test_commands_and_flags_of_the_verdict_are_not_broken_in_two(tmp_path):
+    shown = page(record.read(synthetic_run.make(tmp_path, "uniform collapse", probes=0)), NOTHING, "")
+    assert "<code>dino-kit knn</code> does" in shown
+    assert "<code>--norm_last_layer true</code>" in shown
+
+
 def test_a_run_at_its_start_is_not_scolded(tmp_path):
     found = judged(synthetic_run.make(tmp_path, done=0.05, probes=0))
     assert (found.state, found.tone, found.advice) == ("warming up", "open", "")
@@ -347,9 +353,30 @@ def test_whether_accuracy_still_rose_is_told_beyond_what_chance_does(tmp_path, v
     assert said in words(judged(tmp_path))
 
 
+@pytest.mark.parametrize(("end", "in_vain"), [(49.0, True), (51.0, True), (55.0, False)])
+def test_a_run_whose_features_got_no_better_is_not_praised(tmp_path, end, in_vain):
+    """Its answers depend on what it sees; what they are worth only labels tell."""
+    synthetic_run.make(tmp_path, probes=0)
+    write_lines(tmp_path / "probe.jsonl", [
+        {"step": n * EACH, "epoch": n, "knn_top1": value, "knn_queries": 1000}
+        for n, value in ((0, 50.0), (20, end))])  # fmt: skip
+    found = judged(tmp_path)
+    assert (found.tone == "open") is in_vain
+    assert ("no better than before training" in found.headline) is in_vain
+
+
+def test_nor_one_whose_untrained_network_the_quickstart_finds_as_good(tmp_path):
+    synthetic_run.make(tmp_path, probes=0)
+    for end, tone in ((64.0, "open"), (95.0, "good")):
+        (tmp_path / "quickstart.json").write_text(json.dumps({
+            "top1_percent": {"untrained": {"digits": 64.0}, "teacher": {"digits": end}}, "k": 20,
+            "checkpoint": {"step": 800, "epoch": 20}}))  # fmt: skip
+        assert judged(tmp_path).tone == tone
+
+
 def test_without_labels_the_probe_s_own_sentence_is_told(tmp_path):
     found = judged(synthetic_run.make(tmp_path, labels=False))
-    assert "Effective rank and view retrieval still rise." in found.sentences
+    assert "Effective rank 36.9, view retrieval 88.0 %; both still rise (since epoch 16)." in found.sentences
 
 
 def test_a_run_held_back_by_its_data_is_told_what_helps(tmp_path):
@@ -451,6 +478,18 @@ def test_results_of_every_form_become_rows(tmp_path):
     text = words(judged(tmp_path))
     assert "the teacher's features classify 95.0 % of digits rightly" in text
     assert "before training it was 64.0 % (quickstart.json)" in text
+
+
+def test_of_a_linear_layer_accuracies_are_results_and_its_other_numbers_are_not(tmp_path):
+    found = {"epochs": 4, "top1": 21.5, "top5": 74.7, "loss": 2.07, "largest_class_percent": 10.0,
+             "images": 5000, "train_images": 1000}  # fmt: skip
+    (tmp_path / "linear.json").write_text(json.dumps({
+        "results": {"last": found, "best": found | {"epochs": 2, "top1": 21.8}}}))  # fmt: skip
+    rows = [(r.setting, r.metric, r.value) for r in results.read(tmp_path, [])]
+    assert rows == [
+        ("at the end", "top-1, %", 21.5), ("at the end", "top-5, %", 74.7),
+        ("at its best", "top-1, %", 21.8), ("at its best", "top-5, %", 74.7),
+    ]  # fmt: skip
 
 
 def test_a_damaged_file_of_results_is_named(tmp_path):

@@ -116,6 +116,16 @@ def test_the_page_fits_its_window(any_size, healthy, width, scheme):
         return axis.some((box, place) => place && box.left < axis[place - 1].right + 2);
     }).map((chart) => chart.id)""")
     assert touching == []
+    # A curve's dot stands beside its name, and top-1 is seen without scrolling.
+    apart = tab.js("""[...document.querySelectorAll('.chart .key')].filter((key) => {
+        const word = (key.closest('i, b') || key.nextElementSibling).getBoundingClientRect();
+        const dot = key.getBoundingClientRect();
+        return dot.bottom < word.top || dot.top > word.bottom || word.height > 30;
+    }).map((key) => key.closest('.chart').id)""")
+    assert apart == []
+    assert tab.js("""(() => { const head = document.querySelector('#results th.number');
+        const card = head.closest('.card').getBoundingClientRect();
+        return head.textContent === 'top-1, %' && head.getBoundingClientRect().right < card.right; })()""")
     # The text is large enough to be read on a phone.
     smallest = tab.js("""Math.min(...[...document.querySelectorAll('p, td, figcaption, svg text')]
         .map((one) => parseFloat(getComputedStyle(one).fontSize)))""")

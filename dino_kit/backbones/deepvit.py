@@ -133,6 +133,10 @@ class DeepViT(WithoutSelfAttention, vit.ClassTokenTransformer):
             norm_eps=norm_eps,
         )
 
+    def no_weight_decay(self) -> set[str]:
+        """What the authors keep from decaying, beside biases and one-dimensional parameters."""
+        return {"cls_token", "pos_embed"}
+
     def get_last_reattention(self, images: Tensor) -> Tensor:
         """The last block's maps R, mixed and normalised, ``(B, h, T, T)``; the class token first.
 

@@ -20,7 +20,11 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Images ``(B, C, H, W)`` to one vector ``(B, D)`` each, and to one for each patch."""
+    """Images ``(B, C, H, W)`` to one vector ``(B, D)`` each, and to one for each patch.
+
+    Where by its authors more than biases and one-dimensional parameters do not decay, it has
+    ``no_weight_decay() -> set[str]``, their names.
+    """
 
     embed_dim: int
     patch_size: int

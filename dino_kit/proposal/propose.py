@@ -193,7 +193,7 @@ def _optimisation(run: Run, survey: Survey, machine: Machine, request: Request) 
     last = (
         "the longest that is proposed, for on the same images more would add little"
         if (run.epochs + 1) * run.epoch_seconds < request.hours * 3600 * (1 - rules.RESERVE)
-        else f"what {request.hours:g} hours hold, less {rules.RESERVE:.0%} for the start and an "
+        else f"what --hours {request.hours:g} holds, less {rules.RESERVE:.0%} for the start and an "
         "evaluation"
     )
     if request.total_batch_size:

@@ -53,8 +53,8 @@ def _heading(proposal: Proposal, command: str, file: str) -> str:
         "images": _seen(survey),
         "machine": _described(proposal.machine),
         "measured": _measured(run),
-        "cost": f"about {_about(run.seconds)} of the {proposal.request.hours:g} hours given, "
-        f"for {run.epochs:,} epoch{'s' * (run.epochs > 1)} of {run.steps_an_epoch:,} steps of "
+        "cost": f"about {_about(run.seconds)} of --hours {proposal.request.hours:g}, for "
+        f"{run.epochs:,} epoch{'s' * (run.epochs > 1)} of {run.steps_an_epoch:,} steps of "
         f"{run.batch} images",
         "unknown": "how good the features get. Sizes and times are measured; the values below "
         "follow rules of thumb between the published runs and small ones, made before these images "
@@ -86,7 +86,7 @@ def _seen(survey: Survey) -> str:
         else f"{survey.gray:.0%} without colour"
     )
     labels = (
-        "no labels, and none are needed" if survey.classes is None
+        "no labels, and none are needed" if survey.classes in (None, 1)
         else f"{survey.classes} folders, which may be classes, and which training does not use"
     )
     part = f"{survey.sampled:,} of {survey.images:,}"

@@ -196,9 +196,14 @@ function read(holder) {
     const place = nearest(one, step);
     if (place < 0) continue;
     const text = written(one.y[place], figure.scale === "log" ? 0 : at.high - at.low);
-    if (all.length > 1) element(out, "span", "key").style.background = one.colour;
-    if (one.name) element(out, "i", "", `${one.name} `);
-    element(out, "b", "", text + (one === all.at(-1) || unit === " %" ? unit : ""));
+    const name = one.name ? element(out, "i", "", `${one.name} `) : null;
+    const value = element(out, "b", "", text + (one === all.at(-1) || unit === " %" ? unit : ""));
+    if (all.length > 1) {
+      // Within the first word, from which no end of a line can part it.
+      const key = element(name || value, "span", "key");
+      key.style.background = one.colour;
+      (name || value).prepend(key);
+    }
     words.push(`${one.name} ${text}${unit}`.trim());
     if (chosen !== null && at.fits(one.y[place])) {
       svg(at.cursor, "circle", { class: "swatch", fill: one.colour, r: 4.5, cx: at.across(one.x[place]), cy: at.up(one.y[place]) });

@@ -73,9 +73,10 @@ def _text(value: object) -> str:
 
 
 def _prose(text: str) -> str:
-    """Sentences in which neither a flag nor a percentage is broken in two."""
+    """Sentences in which no command, flag or percentage is broken in two."""
     text = _text(text.replace(" %", "\u00a0%"))
-    return re.sub(r"--[a-z_]+(?: (?:true|fp32))?", r"<code>\g<0></code>", text)
+    words = r"dino-kit [a-z-]+|--[a-z_]+(?: (?:true|fp32))?"
+    return re.sub(words, r"<code>\g<0></code>", text)
 
 
 def _paragraphs(*sentences: str, kind: str = "") -> str:
@@ -225,11 +226,12 @@ def _results(rows: Sequence[Result], record: Record) -> str:
         key = (row.evaluator, row.setting, row.data, _age(row, record), row.file)
         lines.setdefault(key, {})[row.metric] = row.value
     body = [
-        [*key[:4], *(f"{values[m]:.2f}" if m in values else "–" for m in metrics), key[4]]
+        [*key[:2], *(f"{values[m]:.2f}" if m in values else "–" for m in metrics), *key[2:]]
         for key, values in lines.items()
     ]
-    heads = ["evaluator", "setting", "data", "weights", *metrics, "file"]
-    return _table(heads, body, numbers=range(4, 4 + len(metrics)))
+    # On a phone the right of the table has to be scrolled to: the numbers stand on the left.
+    heads = ["evaluator", "setting", *metrics, "data", "weights", "file"]
+    return _table(heads, body, numbers=range(2, 2 + len(metrics)))
 
 
 def _age(row: Result, record: Record) -> str:

@@ -3,7 +3,7 @@
 A file of results is JSON and has one of two keys:
 
 - ``results``: numbers by the name of a metric, or such by the name of a setting (of ``knn``, the
-  number of neighbours). ``data`` or ``read`` say what was classified, ``command`` by which command,
+  number of neighbours); beside an accuracy, numbers of another kind are no results. ``data`` or ``read`` say what was classified, ``command`` by which command,
   ``checkpoint`` of which weights.
 - ``top1_percent``: the quickstart's, percents by data by network.
 
@@ -22,6 +22,7 @@ from dino_kit.report.record import number
 
 _NAMES = {"knn": "k-NN", "linear": "linear probe"}  # how people call a command
 _METRICS = {"top1": "top-1, %", "top5": "top-5, %"}
+_SETTINGS = {"last": "at the end", "best": "at its best", "fast": "--fast"}  # of linear
 UNTRAINED = "untrained backbone"
 _BASELINES = {"pixels": "raw pixels", "untrained": UNTRAINED}
 _LARGEST = 1 << 24  # bytes of a file that is worth looking into
@@ -87,11 +88,11 @@ def _rows(content: dict[str, Any], path: Path) -> Iterator[Result]:
     name, data = _NAMES.get(command, command), _data(content)
     network = checkpoint.get("network")
     beside = "" if network in (None, "teacher") else f"of the {network}"
-    for metric, value in _numbers(results):
+    for metric, value in _metrics(results):
         yield Result(name, beside, data, _METRICS.get(metric, metric), value, *rest)
     for setting, values in results.items():
-        label = f"k {setting}" if command == "knn" else setting
-        for metric, value in _numbers(values):
+        label = f"k {setting}" if command == "knn" else _SETTINGS.get(setting, setting)
+        for metric, value in _metrics(values):
             words = ", ".join(filter(None, (label, beside)))
             yield Result(name, words, data, _METRICS.get(metric, metric), value, *rest)
 
@@ -116,6 +117,12 @@ def _data(content: dict[str, Any]) -> str:
 def _numbers(values: Any) -> list[tuple[str, float]]:
     found = [(name, number(value)) for name, value in _mapping(values).items()]
     return [(name, value) for name, value in found if not math.isnan(value)]
+
+
+def _metrics(values: Any) -> list[tuple[str, float]]:
+    numbers = _numbers(values)
+    accuracies = [(name, value) for name, value in numbers if name in _METRICS]
+    return accuracies or numbers
 
 
 def _mapping(value: Any) -> dict[str, Any]:

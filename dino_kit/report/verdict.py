@@ -70,8 +70,11 @@ def judge(record: Record, results: Sequence[Result]) -> Verdict:
         _unusable(record),
     ]
     advice = ADVICE.get(state, ADVICE[UNIFORM] if stays else "")
-    tone: Tone = "bad" if advice else "good" if state == LEARNING else "open"
+    in_vain = record.finished and state == LEARNING and _no_better(record, results)
+    tone: Tone = "bad" if advice else "good" if state == LEARNING and not in_vain else "open"
     headline = _headline(record, state, at_even, stays)
+    if in_vain:
+        headline = "The run is finished, but its features are no better than before training."
     return Verdict(state, tone, headline, [one for one in sentences if one], advice)
 
 
@@ -163,20 +166,43 @@ def _loss(record: Record, state: str, even: float | None) -> str:
 
 def _worth(record: Record, results: Sequence[Result], state: str) -> str:
     """What the features are worth, and whether that still rose, by the best witness there is."""
-    accuracy = [
-        (probe, number(probe.get("knn_top1")))
-        for probe in record.probes
-        if not math.isnan(number(probe.get("knn_top1")))
-    ]
-    if accuracy:
+    if accuracy := _accuracies(record):
         return _accuracy(accuracy, state)
-    told = [probe["sentence"] for probe in record.probes if isinstance(probe.get("sentence"), str)]
+    told = [
+        _capital(probe["sentence"])
+        for probe in record.probes
+        if isinstance(probe.get("sentence"), str)
+    ]
     measured = _measured(results)
     words = f"{measured} {told[-1]}" if measured and told else measured or (told[-1] if told else "")
     return words or (
         "What the features are worth nothing here has measured; dino-kit knn does, with labelled "
         "images."
     )
+
+
+def _accuracies(record: Record) -> list[tuple[dict[str, Any], float]]:
+    """The probes with labels, and their k-NN top-1 in percent."""
+    found = [(probe, number(probe.get("knn_top1"))) for probe in record.probes]
+    return [(probe, value) for probe, value in found if not math.isnan(value)]
+
+
+def _no_better(record: Record, results: Sequence[Result]) -> bool:
+    """Whether k-NN was measured before training too, and has not risen by more than chance."""
+    accuracy = _accuracies(record)
+    if accuracy:
+        (first, start), (last, end) = accuracy[0], accuracy[-1]
+        return len(accuracy) > 1 and first.get("epoch") == 0 and end - start <= _noise(last, end)
+    one = newest(results)
+    untrained = _untrained(results, one)
+    return one is not None and bool(untrained) and one.value <= untrained[0].value
+
+
+def _noise(probe: dict[str, Any], percent: float) -> float:
+    """One deviation of a share of so many answers: a smaller change may be chance."""
+    queries = number(probe.get("knn_queries"))
+    share = min(max(percent / 100, 0.01), 0.99)
+    return 100 * math.sqrt(share * (1 - share) / queries) if queries > 0 else 0.5
 
 
 def _accuracy(accuracy: list[tuple[dict[str, Any], float]], state: str) -> str:
@@ -186,10 +212,7 @@ def _accuracy(accuracy: list[tuple[dict[str, Any], float]], state: str) -> str:
         return f"By the probe, k-NN is {end[1]:.1f} % {_when(end[0])}."
     text = f"By the probe, k-NN went from {start[1]:.1f} % {_when(start[0])} to {end[1]:.1f} %"
     best = int(np.argmax(values))
-    queries = number(end[0].get("knn_queries"))
-    share = min(max(end[1] / 100, 0.01), 0.99)
-    # One deviation of a share of so many answers: a smaller change may be chance.
-    noise = 100 * math.sqrt(share * (1 - share) / queries) if queries > 0 else 0.5
+    noise = _noise(*end)
     if values[best] > end[1] + noise:
         text += f"; it was highest, {values[best]:.1f} %, {_when(accuracy[best][0])}"
     if len(values) < 4 or state in ADVICE:
@@ -214,14 +237,19 @@ def _measured(results: Sequence[Result]) -> str:
     one = newest(results)
     if one is None:
         return ""
-    rivals = [row for row in results if (row.file, row.data) == (one.file, one.data)]
-    untrained = [row for row in rivals if UNTRAINED in row.setting]
+    untrained = _untrained(results, one)
     of = f" of {one.data}" if one.data else ""
     how = ", ".join(filter(None, (one.evaluator, one.setting)))
     text = f"By {how}, the teacher's features classify {one.value:.1f} %{of} rightly"
     if untrained:
         text += f", and before training it was {untrained[0].value:.1f} %"
     return f"{text} ({one.file})."
+
+
+def _untrained(results: Sequence[Result], one: Result | None) -> list[Result]:
+    """The same number as ``one``, of the untrained network."""
+    rivals = [r for r in results if one and (r.file, r.data) == (one.file, one.data)]
+    return [row for row in rivals if UNTRAINED in row.setting]
 
 
 def _conduct(record: Record) -> str:
@@ -239,7 +267,7 @@ def _conduct(record: Record) -> str:
             count = f"one step{share} was"
         parts.append(f"{count} dropped as not finite")
     text = ", and ".join(parts)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    return f"{_capital(text)}." if text else ""
 
 
 def _unusable(record: Record) -> str:
@@ -248,6 +276,10 @@ def _unusable(record: Record) -> str:
         return ""
     what = "One image could" if count == 1 else f"{count:,} images could"
     return f"{what} not be used, and others took their place ({bad_images.NAME} names them)."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _warmed_up(record: Record) -> bool:

@@ -72,7 +72,9 @@ class Diagnosis:
         mean = {name: sum(line[name] for line in self._lines) / len(self._lines) for name in _READ}
         told, understood = mean["teacher_information"], mean["student_information"]
         entropy = mean["teacher_entropy"]
-        silent = told < _SAME_ANSWER and mean["kl"] < _AGREEMENT
+        # A collapse is over only when answers depend on the crop again, not when the student lags.
+        agree = mean["kl"] < _AGREEMENT or self.state in COLLAPSED
+        silent = told < _SAME_ANSWER and agree
         if silent or mean["effective_rank"] < _ONE_DIRECTION:
             return UNIFORM if entropy > 0.5 * self.even else ONE_POINT
         if entropy < _CERTAIN and mean["prototypes_used"] < _FEW:

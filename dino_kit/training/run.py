@@ -180,11 +180,17 @@ class Run:
             # Before the line that says that this probe is done: a run that ends between the two
             # probes again.
             if done and checkpoint.is_best([p.get("knn_top1") for p in (*probes, result)]):
-                self._keep_as_best()
+                self._keep_as_best(done)
             self.monitor.record_probe(done, result)
         log.say(f"epoch {epoch}: {result['sentence']}")
 
-    def _keep_as_best(self) -> None:
+    def _keep_as_best(self, done: int) -> None:
+        if self.saved != done:  # the newest checkpoint is not of the weights that were probed
+            log.notice(
+                f"{checkpoint.BEST} is not of the best probe, that after step {done:,}, whose "
+                "checkpoint could not be written."
+            )
+            return
         try:
             checkpoint.keep_as_best(self.config.output_dir)
         except OSError as error:
