@@ -231,3 +231,29 @@ def test_a_backbone_can_be_pickled(built, kind):
     images = torch.randn(1, 3, 32, 32)
     backbone = built(kind)
     assert torch.equal(pickle.loads(pickle.dumps(backbone))(images), backbone(images))
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "swin"])
+def test_computing_blocks_again_changes_no_gradient(built, kind):
+    backbone = built(kind, drop_path_rate=0.3).train()
+    images = torch.randn(2, 3, 32, 32)
+    keep = torch.arange(len(backbone.drop_path_rates) * 2).reshape(-1, 2) % 3 > 0
+    found = []
+    for again in (False, True):
+        backbone.checkpoint_activations = again
+        backbone.zero_grad()
+        backbone(images, keep).square().sum().backward()
+        found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    for plain, computed_again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, computed_again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_half_precision_is_near_the_full_one(built, kind):
+    backbone = built(kind)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        full = backbone(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = backbone(images)
+    assert (half.float() - full).norm() < 0.05 * full.norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -75,7 +75,8 @@ def describe(name: str) -> Entry:
         sum(p.numel() for p in backbone.parameters()),
         backbone.patch_size,
         backbone.embed_dim,
-        maps.available(backbone) if _gives_patches(backbone) else (),
+        # A model of the user's own may have none; all kinds are of patches.
+        maps.available(backbone) if getattr(backbone, "gives_patches", True) else (),
     )
 
 
@@ -94,14 +95,3 @@ def _build(name: str) -> nn.Module:
             return create_backbone(name)
     except (RuntimeError, NotImplementedError, UserError):  # not every model can be looked at so
         return create_backbone(name)
-
-
-def _gives_patches(backbone: Any) -> bool:
-    if not hasattr(backbone, "blank"):  # one of our own, which does
-        return True
-    try:
-        with torch.no_grad():
-            backbone.forward_features(backbone.blank(backbone.image_size))
-    except UserError:
-        return False
-    return True

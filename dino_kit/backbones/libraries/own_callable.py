@@ -172,8 +172,9 @@ class _Own(LibraryBackbone):
         super().__init__(model, name, image_size, in_chans)
         with in_eval_mode(self), torch.no_grad():
             _, patches, prefix, _ = self._outputs(self.blank(image_size))
-        self.num_prefix_tokens = 1 if patches is None else prefix.shape[1]
-        if patches is None:
+        self.gives_patches = patches is not None
+        self.num_prefix_tokens = prefix.shape[1] if self.gives_patches else 1
+        if not self.gives_patches:
             log.notice(
                 f"{name} gives no patches, so maps of similarity, and whatever else looks at "
                 "patches, are not there; an option tokens=PART names the part that has them."
@@ -191,10 +192,9 @@ class _Own(LibraryBackbone):
             UserError: it gives no patches.
         """
         self.keep_all()
-        pooled, patches, _, grid = self._outputs(images)
-        if patches is None:
+        if not self.gives_patches:
             raise UserError(f"{self.name} gives no patches, and what was asked for needs them.")
-        return Features(pooled, patches, grid)
+        return self.read(images)
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """The output alone, ``(B, T, D)``; without patches it is the pooled feature, T = 1."""
