@@ -42,7 +42,7 @@ from dino_kit.preparation import (
 from dino_kit.proposal import speed
 from dino_kit.proposal.fit import Speed
 from dino_kit.resume import find_checkpoint
-from dino_kit.student_teacher import build_student_teacher
+from dino_kit.student_teacher import MultiCropNetwork, build_student_teacher
 from dino_kit.training import engine, optim
 from dino_kit.training.compiling import compile_blocks
 from dino_kit.training.diagnosis import Diagnosis
@@ -252,26 +252,38 @@ def _seeded(config: TrainConfig) -> Iterator[None]:
         yield
 
 
+def untrained_student(config: TrainConfig) -> MultiCropNetwork:
+    """The student of ``config`` as it begins, on the CPU."""
+    with _seeded(config):
+        backbone, head = _backbone_and_head(config, config.drop_path_rate, config.norm_last_layer)
+    return MultiCropNetwork(backbone, head)
+
+
+def _backbone_and_head(
+    config: TrainConfig, drop_path_rate: float, norm_last_layer: bool
+) -> tuple[nn.Module, DINOHead]:
+    options = {"drop_path_rate": drop_path_rate, **backbone_options(config)}
+    backbone = create_backbone(config.arch, **options)
+    head = DINOHead(
+        backbone.embed_dim,
+        config.out_dim,
+        use_bn=config.use_bn_in_head,
+        norm_last_layer=norm_last_layer,
+        nlayers=config.head_nlayers,
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+    )
+    return backbone, head
+
+
 def build_learner(
     config: TrainConfig, steps_per_epoch: int, device: torch.device, precision: str
 ) -> Learner:
-    def head(backbone: nn.Module, norm_last_layer: bool) -> DINOHead:
-        return DINOHead(
-            backbone.embed_dim,
-            config.out_dim,
-            use_bn=config.use_bn_in_head,
-            norm_last_layer=norm_last_layer,
-            nlayers=config.head_nlayers,
-            hidden_dim=config.head_hidden_dim,
-            bottleneck_dim=config.head_bottleneck_dim,
-        )
-
-    options = backbone_options(config)
     with _seeded(config):
-        backbone = create_backbone(config.arch, drop_path_rate=config.drop_path_rate, **options)
-        student_head = head(backbone, config.norm_last_layer)
-        teacher_backbone = create_backbone(config.arch, **options)
-        teacher_head = head(teacher_backbone, True)
+        backbone, student_head = _backbone_and_head(
+            config, config.drop_path_rate, config.norm_last_layer
+        )
+        teacher_backbone, teacher_head = _backbone_and_head(config, 0.0, True)
     sizes = [config.global_crops_size]
     sizes += [config.local_crops_size] if config.local_crops_number else []
     require_sizes(backbone, sizes, "; --local_crops_number 0 does without local crops")

@@ -51,7 +51,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for place, column in enumerate(columns):
         justify = "left" if place == 0 else "right"
-        drawn.add_column(_writable(column, sys.stdout), justify=justify)
+        # A name that is wider than the terminal allows goes on in the next line, and is not cut.
+        drawn.add_column(_writable(column, sys.stdout), justify=justify, overflow="fold")
     for row in rows:
         drawn.add_row(*(_writable(cell, sys.stdout) for cell in row))
     _console().print(drawn)

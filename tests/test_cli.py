@@ -208,7 +208,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "dino-kit: error: 'trian' is no command; there are quickstart, train, check-data, recipe, "
-        "knn, linear, attention, report, launch, config, bench; did you mean train?\n"
+        "knn, linear, attention, report, launch, config, backbones, bench; did you mean train?\n"
     )
 
 

@@ -28,7 +28,8 @@ class Backbone:
         None,
         "Arguments of the architecture that have no flag: words KEY=VALUE, values as in YAML, such as "
         "num_register_tokens=4 of a ViT, or depths=[1,2,21,1] and heads=[2,4,8,16] of cswin. Of a "
-        "library's model they go to the library.",
+        "library's model they go to the library, of python: to the callable but for two: without=PART "
+        "takes a part out, as a classifier, and tokens=PART names the part that gives out the tokens.",
         then=arch_options.check,
     )
     patch_size: int = option(

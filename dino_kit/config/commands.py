@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 
+from dino_kit.config.backbones import BackbonesConfig
 from dino_kit.config.bench import (
     BenchDataConfig,
     BenchFitConfig,
@@ -25,6 +26,11 @@ class Shown:
     """Printing"""
 
     diff: str | None = option(None, "Show only what differs from this recipe: a name or a file.")
+    explain: bool = option(
+        False,
+        "Show besides, as comments, how the student's parameters begin and which of them decay.",
+        switch=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +154,16 @@ COMMANDS = {
         (
             "dino-kit config vits16_100ep --epochs 50 > mine.yaml",
             "dino-kit config mine.yaml --diff vits16_300ep",
+            "dino-kit config --arch vit_tiny --explain",
         ),
         takes_recipe=True,
         missing_ok=True,
+    ),
+    "backbones": Command(
+        BackbonesConfig,
+        "dino_kit.commands.backbones:run",
+        "names of backbones, how large each is, and which maps it has",
+        ("dino-kit backbones", "dino-kit backbones 'timm:*swin*'"),
     ),
     "bench data": Command(
         BenchDataConfig,

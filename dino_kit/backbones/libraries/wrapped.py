@@ -149,7 +149,8 @@ class LibraryBackbone(WithoutSelfAttention):
         """One blank image of a side."""
         try:
             with in_eval_mode(self), torch.no_grad():
-                features = self.forward_features(self.blank(size))
+                self.keep_all()
+                features = self.read(self.blank(size))
         except UserError:
             raise
         except Exception as error:  # each library has its own
@@ -234,6 +235,22 @@ def see_channels(model: nn.Module, in_chans: int) -> None:
     raise UserError(f"{type(model).__name__} begins with no convolution, and takes RGB images only.")
 
 
+def do_not_train_the_unused(backbone: LibraryBackbone) -> list[str]:
+    """Ask for no gradient of parameters that the pooled feature does not depend on; their names.
+
+    A mask token is one, of a model that was made to be trained otherwise.
+    """
+    parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    with in_eval_mode(backbone), torch.enable_grad():
+        backbone.keep_all()
+        pooled = backbone.read(backbone.blank(backbone.image_size)).pooled
+        found = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return [name.removeprefix(_PREFIX) for name in unused]
+
+
 def largest_parts(model: nn.Module) -> list[nn.Module]:
     """The elements of the largest list of modules that ``model`` has; none where it has no list."""
     parts = [part for part in model.children() if isinstance(part, nn.ModuleList)]
@@ -242,12 +259,19 @@ def largest_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def outputs_of(
-    modules: Iterable[nn.Module], model: Callable[[Tensor], Any], images: Tensor
+    modules: Iterable[nn.Module], model: Callable[[Tensor], Any], images: Tensor, place: int = 0
 ) -> list[Tensor]:
-    """What each of ``modules`` gives out while ``model`` sees ``images``."""
+    """What each of ``modules`` gives out while ``model`` sees ``images``.
+
+    Where it gives out several things, that at ``place``.
+    """
     found: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, x: Any) -> None:
+        found[module] = x[place] if isinstance(x, tuple) else x
+
     modules = list(modules)
-    hooks = [m.register_forward_hook(lambda m, _, x: found.__setitem__(m, x)) for m in modules]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         model(images)
     finally:
