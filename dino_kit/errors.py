@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class ToldByMain(UserError):
+    """What the main process of several finds, on the others: it tells it, and they end as it does."""
+
+
 class RunFailed(Exception):
     """A run that began well and had to stop, told in one sentence; the command ends with status 1."""
 
