@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # PyTorch has a class of its own for a GPU's memory, and only messages for the host's; the last
     # two are oneDNN's.
     signs = ("MemoryError", "OutOfMemory", "can't allocate memory", "bad_alloc",
-             "could not create a primitive", "could not create a memory")  # fmt: skip
+             "could not create a primitive", "could not create a memory", "can't start new thread")  # fmt: skip
     told = f"{type(error).__name__} {error}"
     return any(sign in told for sign in signs)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dino_kit import distributed, files, locks, log
+from dino_kit.batch_norm import batch_norms
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
@@ -198,8 +199,11 @@ class Run:
             fit = memory.most_that_fit(lambda images: self._try(batches[0], images), asked)
             fits = f"{fit} fit"
         if not fit:
-            return f"{told}, nor for one; a smaller network, smaller or fewer crops need less."
-        if self.config.use_bn_in_head:
+            return (
+                f"{told}, nor, as far as it could be tried, for one; a smaller network, smaller or "
+                "fewer crops need less."
+            )
+        if batch_norms(self.learner.student):  # of which no batch is taken in parts
             fit *= distributed.world_size()
             return f"{told}; {fits}: give --total_batch_size {fit}, which is another run."
         return (
