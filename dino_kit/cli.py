@@ -15,7 +15,7 @@ from typing import Any
 from dino_kit.config import fields, recipe
 from dino_kit.config.command_line import named, parse
 from dino_kit.config.commands import COMMANDS, Command
-from dino_kit.errors import Interrupted, RunFailed, UserError, is_out_of_memory
+from dino_kit.errors import Interrupted, RunFailed, ToldByMain, UserError, is_out_of_memory
 
 _REFUSED_BY_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
@@ -36,12 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def outcome(words: Sequence[str]) -> tuple[int, str]:
-    """Run a command line; returns the exit status, and the sentence that says why it is not 0."""
+def outcome(words: Sequence[str], repeat: bool = False) -> tuple[int, str]:
+    """Run a command line; returns the exit status, and the sentence that says why it is not 0.
+
+    Without ``repeat`` what the main process of several tells comes from no other.
+    """
     try:
         status = _main(list(words))
         sys.stdout.flush()
         return status, ""
+    except ToldByMain as error:
+        return 2, f"error: {error}" if repeat else ""
     except UserError as error:
         return 2, f"error: {error}"
     except RunFailed as error:

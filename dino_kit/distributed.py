@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dino_kit.errors import UserError
+from dino_kit.errors import ToldByMain, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +160,19 @@ def all_gather_plain(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def follow_main(refusal: Exception | None) -> None:
+    """Let no process go on where the main one found a reason not to; all have to call it.
+
+    Raises:
+        ToldByMain: on the others, where the main one raises its ``refusal``.
+    """
+    told = all_gather_plain(refusal and str(refusal))[0]
+    if refusal is not None:
+        raise refusal
+    if told is not None:
+        raise ToldByMain(told)
 
 
 def _reduced(tensor: torch.Tensor, operation: str) -> torch.Tensor:

@@ -18,6 +18,10 @@ class NoSelfAttention(UserError, AttributeError):
     """
 
 
+class ToldByMain(UserError):
+    """What the main process of several finds, on the others: it tells it, and they end as it does."""
+
+
 class RunFailed(Exception):
     """A run that began well and had to stop, told in one sentence; the command ends with status 1."""
 
@@ -35,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # PyTorch has a class of its own for a GPU's memory, and only messages for the host's; the last
     # two are oneDNN's.
     signs = ("MemoryError", "OutOfMemory", "can't allocate memory", "bad_alloc",
-             "could not create a primitive", "could not create a memory")  # fmt: skip
+             "could not create a primitive", "could not create a memory", "can't start new thread")  # fmt: skip
     told = f"{type(error).__name__} {error}"
     return any(sign in told for sign in signs)
 

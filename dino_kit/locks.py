@@ -12,10 +12,10 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from dino_kit import log
+from dino_kit import distributed, log
 from dino_kit.errors import UserError
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network folders answer
@@ -59,6 +59,26 @@ def hold(folder: str | Path, doing: str, name: str = ".lock") -> Iterator[None]:
     finally:
         _held.discard(path)
         os.close(handle)
+
+
+@contextmanager
+def hold_by_main(folder: str | Path, doing: str, name: str = ".lock") -> Iterator[None]:
+    """:func:`hold`, for all processes of a run, which have to call it; the folder is made.
+
+    Raises:
+        UserError: on all processes, where another run holds it.
+        OSError: the main process cannot make the folder, or write to it; UserError on the others.
+    """
+    refusal = None
+    with ExitStack() as held:
+        if distributed.is_main():
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(folder, doing, name))
+            except (UserError, OSError) as error:
+                refusal = error
+        distributed.follow_main(refusal)
+        yield
 
 
 def _own_name() -> str:

@@ -13,13 +13,13 @@ from test_train import metrics, pictures, words  # noqa: F401
 PROGRAM = """
 import copy, json, os, sys
 import torch
-from dino_kit import cli
+from dino_kit import cli, sharding
 from dino_kit.training import learner
 from dino_kit.training.learner import Learner
 
 fault, steps = os.environ["FAULT"], json.loads(os.environ["STEPS"])
 notes, bad = [], False
-take, loss = Learner.step, learner.cross_view_loss
+take, loss, norms = Learner.step, learner.cross_view_loss, sharding.norms
 
 def equal(one, other):
     if isinstance(one, dict):
@@ -42,7 +42,10 @@ def step(self, number, batches, *arguments):
 def overflowing(*arguments):
     return loss(*arguments) * (float("inf") if bad and fault == "a loss" else 1.0)
 
-Learner.step, learner.cross_view_loss = step, overflowing
+def arrived(*arguments):
+    return norms(*arguments) * (float("inf") if bad and fault == "a sum" else 1.0)
+
+Learner.step, learner.cross_view_loss, sharding.norms = step, overflowing, arrived
 status = cli.main(sys.argv[1:])
 with open(os.path.join(os.environ["NOTES"], os.environ["RANK"]), "w") as file:
     json.dump(notes, file)
@@ -50,7 +53,8 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("fault", ["a crop", "a loss", "a gradient"])
+# The sum of the gradients spreads all but the last, which comes to one process alone.
+@pytest.mark.parametrize("fault", ["a crop", "a loss", "a gradient", "a sum"])
 def test_one_bad_process_of_two(pictures, tmp_path, fault):  # noqa: F811
     out = tmp_path / "out"
     line = words(pictures, out, "--batch_size_per_gpu", 4, "--max_bad_steps", 2, "--warmup_epochs", 0,
@@ -63,11 +67,11 @@ def test_one_bad_process_of_two(pictures, tmp_path, fault):  # noqa: F811
     assert [line["skipped"] for line in metrics(out)] == [0, 1, 1, 2]
     told = [line for line in ended[0].said.splitlines() if "not finite" in line]
     assert len(told) == 4 and "2 steps in a row were not finite, so the run stopped" in told[3]
-    whose = "of process 1 (of 2) " if fault != "a gradient" else ""
+    whose = "of process 1 (of 2) " if fault in ("a crop", "a loss") else ""
     for sentence in told:
         assert f"; its images {whose}are " in sentence or f": its images {whose}are " in sentence
     # By name: the one with the crop, else four of a process; at the stop all, eight of both.
-    assert told[3].count(".png") == {"a crop": 1, "a loss": 4, "a gradient": 8}[fault]
+    assert told[3].count(".png") == {"a crop": 1, "a loss": 4}.get(fault, 8)
     assert "Traceback" not in ended[0].said + ended[1].said
 
 

@@ -1,4 +1,4 @@
-"""Batch norm of our own: on one process it is PyTorch's; two are in test_equal_runs."""
+"""Batch norm of our own is PyTorch's of all rows; whole runs of two processes are in test_equal_runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import copy
 
 import pytest
 import torch
+from processes import run_together
+from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dino_kit import distributed
 from dino_kit.batch_norm import SharedBatchNorm, synchronised
+from dino_kit.errors import UserError
 from dino_kit.heads import DINOHead
 
 
@@ -55,3 +59,61 @@ def test_one_row_has_no_variance():
     ours = SharedBatchNorm.like(nn.BatchNorm1d(5))
     assert torch.equal(ours(torch.randn(1, 5)), torch.zeros(1, 5))
     assert torch.allclose(ours.running_var, torch.full((5,), 0.9))
+
+
+# Of two processes, rows of each: as stochastic depth leaves them.
+ROWS = [(3, 3), (5, 2), (4, 0), (0, 0)]
+KINDS = [
+    (nn.BatchNorm1d(3), (3,)),
+    (nn.BatchNorm1d(3, momentum=None), (3, 4)),
+    (nn.BatchNorm2d(3, eps=1e-3), (3, 4, 5)),
+    (nn.BatchNorm2d(3, affine=False), (3, 1, 1)),
+    (nn.BatchNorm3d(3, track_running_stats=False), (3, 2, 2, 2)),
+    (BatchNormAct2d(3), (3, 4, 5)),
+]
+
+
+def test_two_processes_with_other_numbers_of_rows_have_the_statistics_of_all():
+    run_together("-c", "import sys; sys.path.insert(0, 'tests'); import test_batch_norm as t; t.shared()")
+
+
+def shared() -> None:
+    distributed.start(torch.device("cpu"))
+    torch.manual_seed(0)
+    for rows in ROWS:
+        for kind, shape in KINDS:
+            theirs = copy.deepcopy(kind).double()
+            for parameter in theirs.parameters():
+                nn.init.normal_(parameter)
+            assert_as_on_one_process(theirs, rows, torch.randn(sum(rows), *shape).double())
+    distributed.stop()
+
+
+def assert_as_on_one_process(theirs: nn.Module, rows: tuple[int, int], whole: torch.Tensor) -> None:
+    rank = distributed.rank()
+    # In a network, as norms are found there.
+    ours = synchronised(nn.Sequential(copy.deepcopy(theirs)), torch.device("cpu"))[0]
+    assert isinstance(ours, SharedBatchNorm)
+    before = copy.deepcopy(ours.state_dict())
+    x = whole.split(rows)[rank].clone().requires_grad_()
+    y = whole.clone().requires_grad_()
+    ours(x).sigmoid().square().sum().backward()
+    if not len(whole):
+        assert x.grad.shape == x.shape
+        torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+        return
+    theirs(y).sigmoid().square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad.split(rows)[rank])
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(distributed.all_reduce_sum(one.grad), other.grad)
+
+
+def test_a_norm_that_does_more_is_not_replaced():
+    class WithActivation(nn.BatchNorm2d):
+        pass
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), WithActivation(4))
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UserError, match="^A WithActivation, .* cannot be synchronised over"):
+            synchronised(network, torch.device(device))

@@ -20,7 +20,12 @@ from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.deepvit import ReAttention
 from dino_kit.backbones.interface import HasReAttention, HasSelfAttention
 from dino_kit.backbones.recognition import recognize
-from dino_kit.batch_norm import batch_norms, statistics_unchanged, synchronised
+from dino_kit.batch_norm import (
+    SharedBatchNorm,
+    batch_norms,
+    statistics_unchanged,
+    synchronised,
+)
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import UserError
 from dino_kit.evaluators.attention import is_made_for_one_size, require_attention
@@ -277,12 +282,12 @@ def test_accumulation_would_be_another_method(monkeypatch):
     assert with_total_batch(config()).total_batch_size == 16
 
 
-def test_its_norms_over_several_processes_need_gpus():
-    network = tiny()
-    with pytest.raises(UserError, match="^The batch norms of this --arch .* GPUs, or another"):
-        synchronised(network, torch.device("cpu"))
-    norms = batch_norms(synchronised(tiny(), torch.device("cuda")))
-    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+@pytest.mark.parametrize("device, kind", [("cpu", SharedBatchNorm), ("cuda", torch.nn.SyncBatchNorm)])
+def test_its_norms_are_of_all_processes_where_there_are_several(device, kind):
+    network, before = tiny(), tiny().state_dict()
+    norms = batch_norms(synchronised(network, torch.device(device)))
+    assert len(norms) == 4 and all(isinstance(norm, kind) for norm in norms)
+    assert_same(network.state_dict(), before)
 
 
 # Names, flags and files

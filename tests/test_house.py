@@ -76,7 +76,7 @@ GROUND = {
     "dino_kit.distributed": {"dino_kit.errors"},
     "dino_kit.log": {"dino_kit.distributed"},
     "dino_kit.files": {"dino_kit.errors", "dino_kit.log"},
-    "dino_kit.locks": {"dino_kit.errors", "dino_kit.log"},
+    "dino_kit.locks": {"dino_kit.distributed", "dino_kit.errors", "dino_kit.log"},
     "dino_kit.journal": {"dino_kit.log"},
     "dino_kit.config": {"dino_kit.errors", "dino_kit.files", "dino_kit.log"},
 }

@@ -18,7 +18,7 @@ from test_interruption import posix
 from tiny_run import TINY
 
 from dino_kit import cli, files
-from dino_kit.cluster import job, state, submission, waiting
+from dino_kit.cluster import here, job, state, submission, waiting
 from dino_kit.cluster.state import State
 from dino_kit.config import command_line
 from dino_kit.errors import RunFailed, UserError
@@ -445,15 +445,75 @@ def test_why_a_job_waits_is_told_when_it_changes(tmp_path, monkeypatch, capsys):
 def test_a_job_here_keeps_to_the_gpus_of_its_shell(tmp_path, monkeypatch):
     found = {}
 
-    def start(**options):
-        found.update(options)
+    def start(line, env):
+        found.update(env)
         return SimpleNamespace(pid=7)
 
-    monkeypatch.setattr("submitit.local.local.start_controller", start)
+    monkeypatch.setattr("subprocess.Popen", start)
     for visible, gpus, given in (("2,GPU-5", 2, "2,GPU-5"), ("2,3", 1, "2"), ("", 2, "0,1")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        submission.submit_here(tmp_path, ["train"], gpus, 1, None)
-        assert found["cuda_devices"] == given and found["tasks_per_node"] == gpus
+        here.submit(tmp_path, ["train"], gpus, 1, None)
+        assert found["CUDA_VISIBLE_DEVICES"] == given
+        assert found["SUBMITIT_LOCAL_NTASKS"] == str(gpus)
+
+
+@posix
+@pytest.mark.parametrize(
+    "end, told",
+    [
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL. The system does that"),
+        ("sys.exit('the cow jumped')", "it ended with status 1. The last that it said:\nthe cow"),
+    ],
+)
+def test_a_process_here_that_ends_badly_ends_the_others_and_is_spoken_for(
+    tmp_path, monkeypatch, end, told
+):
+    program = f"""
+import os, sys, time
+if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1":
+    {end}
+time.sleep(30)
+"""
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr(here, "_SECONDS_TO_LEAVE", 0.5)
+    for name, value in {"NTASKS": "2", "COMMAND": f"{sys.executable} {tmp_path}/program.py",
+                        "TIMEOUT_S": "600", "SIGNAL_DELAY_S": "0", "WITH_SHELL": ""}.items():  # fmt: skip
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
+    monkeypatch.setenv("SUBMITIT_STDERR_TO_STDOUT", "")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        controller = here.Controller(tmp_path)
+        controller.start_tasks()
+        first = controller.tasks[0]
+        assert controller.wait()[1] not in (0, None)
+        controller.kill_tasks()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert first.wait() < 0
+    entry = submission.Submitted(controller.pid, "local", ["train"], 2, "here", 0.0)
+    failed = State("FAILED")
+    assert f"Process 1 of job {entry.job} failed: {told}" in waiting.verdict(entry, tmp_path, failed)
+
+
+@posix
+@pytest.mark.slow
+def test_a_process_killed_before_it_comes_to_the_others_is_not_waited_for(tmp_path, capsys):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '1':\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    out = tmp_path / "out"
+    running = launch("--tasks_per_node", "2", "--", "train", *DIGITS, "--output_dir", str(out),
+                     path=tmp_path)  # fmt: skip
+    try:
+        _, complained = running.communicate(timeout=200)
+    finally:
+        running.terminate()
+    assert running.returncode == 1
+    assert "failed: killed by SIGKILL" in complained and "Process 1 of job" in complained
+    assert cli.main(["launch", "status", str(out)]) == 1
+    assert "Process 1 of job" in capsys.readouterr().err
 
 
 def test_a_system_without_the_signals_is_told_of_torchrun(tmp_path, monkeypatch, capsys):
@@ -463,8 +523,8 @@ def test_a_system_without_the_signals_is_told_of_torchrun(tmp_path, monkeypatch,
     assert "torchrun" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def launch(*words: str) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def launch(*words: str, path: Path = ROOT) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(path), str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "dino_kit", "launch", "local", *words],
         env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import together
 from torch import nn
 
 import dino_kit
@@ -398,6 +399,19 @@ def test_two_processes_do_not_train_one_head_but_a_run_beside_it_is_no_obstacle(
         assert "is training checkpoint_linear.pth in" in capsys.readouterr().err
     with locks.hold(tmp_path, "training"):
         assert train(data, tmp_path, "--epochs", 1) == 0
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_of_two_processes_one_tells_of_the_other_training_and_both_end(data, tmp_path, fast):
+    name = "checkpoint_linear_fast.pth" if fast else "checkpoint_linear.pth"
+    save_backbone(tmp_path / "checkpoint.pth")
+    line = ["linear", tmp_path, "--data_path", data, "--num_workers", 0, "--device", "cpu"]
+    line += ["--fast"] * fast
+    with locks.hold(tmp_path, f"training {name}", f".{name}.lock"):
+        main, other = together("-m", "dino_kit", *map(str, line))
+    assert (main.status, other.status) == (2, 2)
+    assert f"is training {name} in" in main.said and "Traceback" not in main.said
+    assert "dino-kit:" not in other.said and "Traceback" not in other.said
 
 
 # The same training on other machines

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import together
 from test_train import pictures, train, words  # noqa: F401
 
 from dino_kit import locks
@@ -57,6 +58,16 @@ def test_the_second_run_is_refused_and_told_whose_the_first_is(
         f"training in {tmp_path}.\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_of_two_processes_one_tells_it_and_both_end(pictures, tmp_path):  # noqa: F811
+    line = words(pictures, tmp_path, "--batch_size_per_gpu", 4)
+    with locks.hold(tmp_path, "training"):
+        main, other = together("-m", "dino_kit", *line)
+    assert (main.status, other.status) == (2, 2)
+    told = f"dino-kit: error: Another run, of process {os.getpid()} on {socket.gethostname()}, is"
+    assert told in main.said and "Traceback" not in main.said
+    assert "dino-kit:" not in other.said and "Traceback" not in other.said
 
 
 @posix

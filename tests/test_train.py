@@ -261,6 +261,16 @@ def test_other_images_are_refused(pictures, tmp_path, capsys):
     assert "had 10 images and now has 20" in capsys.readouterr().err
 
 
+def test_as_many_images_of_other_names_are_refused(pictures, tmp_path, capsys):
+    """Of a step's images a run remembers the places alone."""
+    shutil.copytree(pictures / "class0", tmp_path / "data")
+    assert train(tmp_path / "data", tmp_path / "out", "--epochs", 1) == 0
+    first = sorted((tmp_path / "data").iterdir())[0]
+    first.rename(first.with_name(f"z{first.name}"))
+    assert train(tmp_path / "data", tmp_path / "out", "--epochs", 1) == 2
+    assert "the names of the images were others" in capsys.readouterr().err
+
+
 def test_resume_never_begins_again_once(pictures, tmp_path, capsys):
     assert train(pictures, tmp_path, "--epochs", 1, "--seed", 1, "--saveckp_freq", 1) == 0
     (tmp_path / "checkpoint0007.pth").touch()  # of a run that was longer

@@ -48,7 +48,10 @@ class Job:
         os.environ.update(process_group(environment, self.starts))
         _take_signals(environment)
         # By its name, because the command line stands above everything that it can start.
-        status, told = importlib.import_module("dino_kit.cli").outcome(self.words_now())
+        # Each process leaves a word of its own, and the first one is shown.
+        status, told = importlib.import_module("dino_kit.cli").outcome(
+            self.words_now(), repeat=True
+        )
         if status:
             line = shlex.join(["dino-kit", *self.words])
             raise RunFailed(told or f"{line} ended with status {status}")

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino_kit.cluster.submission import Submitted
+from dino_kit.errors import RunFailed
 
 # Slurm's names of states after which nothing comes (squeue's and sacct's manuals).
 ENDED = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 )
 UNKNOWN = "UNKNOWN"
+# After this a traceback has what a command that stopped by itself said.
+SENTENCE = f"\n{RunFailed.__module__}.{RunFailed.__qualname__}: "
 _REST = 2**32 - 2  # Slurm's NO_VAL, in place of an element's number
 
 

@@ -135,7 +135,7 @@ def submit_to_slurm(
     executor.update_parameters(**parameters)
     try:
         # submitit prints what sbatch says, and so do we.
-        with _outside_of_a_job(), redirect_stderr(io.StringIO()), executor.batch():
+        with outside_of_a_job(), redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(Job(words)) for words in lines]
     except FailedJobError as error:
         told = "; ".join(
@@ -144,37 +144,12 @@ def submit_to_slurm(
         raise UserError(f"Slurm refuses the job: {told}") from error
     tasks = parameters["nodes"] * parameters["ntasks_per_node"]
     return [
-        _record(folder, job.job_id, "slurm", words, tasks)
+        record(folder, job.job_id, "slurm", words, tasks)
         for job, words in zip(jobs, lines, strict=True)
     ]
 
 
-def submit_here(folder: Path, words: Sequence[str], gpus: int, tasks: int, code: Path | None) -> tuple:
-    """Start a job on this machine; returns its record and submitit's job."""
-    import submitit
-
-    executor = submitit.LocalExecutor(folder, max_num_timeout=0)
-    # submitit takes minutes: a year of them.
-    executor.update_parameters(
-        timeout_min=525_600, gpus_per_node=gpus, tasks_per_node=gpus or tasks
-    )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if gpus and visible:
-        # submitit would take the machine's first ones; and it asks for numbers, where the names
-        # that CUDA knows as well do.
-        executor.parameters["visible_gpus"] = visible.split(",")
-    before = os.environ.copy()
-    try:
-        os.environ.update(code_variables(code))
-        with _outside_of_a_job():
-            job = executor.submit(Job(words))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return _record(folder, job.job_id, "local", words, gpus or tasks), job
-
-
-def _record(folder: Path, job: str, cluster: str, words: Sequence[str], tasks: int) -> Submitted:
+def record(folder: Path, job: str, cluster: str, words: Sequence[str], tasks: int) -> Submitted:
     entry = Submitted(str(job), cluster, list(words), tasks, socket.gethostname(), time.time())
     with open(folder / SUBMITTED, "a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(entry)) + "\n")
@@ -182,7 +157,7 @@ def _record(folder: Path, job: str, cluster: str, words: Sequence[str], tasks: i
 
 
 @contextmanager
-def _outside_of_a_job() -> Iterator[None]:
+def outside_of_a_job() -> Iterator[None]:
     """Within, nothing says that this is a job itself, which a job submitted from it would inherit."""
     from submitit.helpers import clean_env
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dino_kit import log
-from dino_kit.cluster.state import UNKNOWN, State, first_error, result_of, state_of
+from dino_kit.cluster.state import SENTENCE, UNKNOWN, State, first_error, result_of, state_of
 from dino_kit.cluster.submission import Submitted
-from dino_kit.errors import RunFailed
 
 _POLLS = (1.0, 10.0)  # seconds between two looks, at first and later
 # Seconds for which nobody knows of a job before it counts as lost: a controller that is started
@@ -93,7 +92,7 @@ def verdict(entry: Submitted, folder: Path, state: State) -> str:
     if state.name == "FAILED" and error:
         task, text = error
         # A command that stopped by itself has said why, and where in the code is nobody's concern.
-        _, ours, sentence = text.rpartition(f"\n{RunFailed.__module__}.{RunFailed.__qualname__}: ")
+        _, ours, sentence = text.rpartition(SENTENCE)
         why = f" {sentence.strip()}" if ours else f"\n{text.rstrip()}"
         return f"Process {task} of job {entry.job} failed:{why}"
     by = {

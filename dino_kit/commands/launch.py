@@ -104,13 +104,15 @@ def local(config: LocalConfig) -> int:
             "dino-kit launch needs the signals of Linux and macOS, and this system has none; "
             "torchrun --nproc_per_node N launch/train.py starts N processes here."
         )
+    from dino_kit.cluster import here
+
     submission.prepare_folder(folder)
     code = submission.take_snapshot(folder) if config.snapshot else None
     # The job's processes would get an interruption from the keyboard, too, and be killed by what
     # starts them before they have saved; so it is passed on, once, as another signal.
     keyboard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        entry, job = submission.submit_here(folder, lines[0], gpus, tasks, code)
+        entry, job = here.submit(folder, lines[0], gpus, tasks, code)
     finally:
         signal.signal(signal.SIGINT, keyboard)
     received: list[int] = []

@@ -115,16 +115,14 @@ class GridTraining:
         """
         if self.finished:
             return
-        if not distributed.is_main():
-            for source in (self.train, self.val):
-                self._images(source, "")
-            return
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with locks.hold(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
-            files.remove_leftovers(folder)
+        folder, name = self.path.parent, self.path.name
+        with locks.hold_by_main(folder, f"training {name}", f".{name}.lock"):
+            if distributed.is_main():
+                files.remove_leftovers(folder)
             train = self._images(self.train, "training")
             val = self._images(self.val, "validation")
+            if not distributed.is_main():
+                return
             # Not before, as the other processes wait to be met at the second set.
             for images, role in ((train, "training"), (val, "validation")):
                 _require_finite(images.features, role)

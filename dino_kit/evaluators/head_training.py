@@ -126,16 +126,13 @@ class HeadTraining:
             RunFailed: the loss is not finite.
             UserError: an image cannot be read, or another process is training in ``path``.
         """
-        if not distributed.is_main():
-            self._fit()
-            return
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with locks.hold(folder, f"training {self.path.name}", f".{self.path.name}.lock"):
-            files.remove_leftovers(folder)
-            if not self.resume:
-                self.path.unlink(missing_ok=True)
-            files.cut_lines(self.log, lambda line: line["epoch"] < self.start)
+        folder, name = self.path.parent, self.path.name
+        with locks.hold_by_main(folder, f"training {name}", f".{name}.lock"):
+            if distributed.is_main():
+                files.remove_leftovers(folder)
+                if not self.resume:
+                    self.path.unlink(missing_ok=True)
+                files.cut_lines(self.log, lambda line: line["epoch"] < self.start)
             self._fit()
 
     def _fit(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -31,13 +32,25 @@ def most_that_fit(take: Callable[[int], None], too_many: int) -> int:
 def _fits(take: Callable[[int], None], images: int) -> bool:
     fits = True
     try:
-        take(images)
+        _apart(take, images)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         fits = False
     set_free()
     return fits
+
+
+def _apart(take: Callable[[int], None], images: int) -> None:
+    """Try on a thread of its own.
+
+    Where it once got no memory for its code, oneDNN makes none on that thread any more.
+    """
+    if torch.cuda.is_available():  # whose current device is the thread's
+        take(images)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(take, images).result()
 
 
 def set_free() -> None:

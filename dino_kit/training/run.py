@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dino_kit import distributed, files, locks, log
+from dino_kit.batch_norm import batch_norms
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.bad_images import BadImages
@@ -53,27 +54,23 @@ class Run:
                 in the folder.
         """
         self.roll_call = RollCall(60.0 * self.config.dist_timeout_minutes)
-        with self.roll_call.watched():
-            if distributed.is_main():
-                self._train_in_its_folder()
-            else:
-                self._train()
-
-    def _train_in_its_folder(self) -> None:
         folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with locks.hold(folder, "training"):
-            files.remove_leftovers(folder)
-            if self.replaces:
-                checkpoint.remove(folder)
-            if self.start < self.loader.total_steps:
-                files.write_text(folder / "config.yaml", recipe.dump(self.config))
+        with self.roll_call.watched(), locks.hold_by_main(folder, "training"):
+            if distributed.is_main():
+                self._prepare(folder)
             self._train()
-            if self.bad_images:
+            if distributed.is_main() and self.bad_images:
                 log.notice(
                     f"{len(self.bad_images):,} of {len(self.source):,} images could not be used; "
                     f"{self.bad_images.path} names them."
                 )
+
+    def _prepare(self, folder: Path) -> None:
+        files.remove_leftovers(folder)
+        if self.replaces:
+            checkpoint.remove(folder)
+        if self.start < self.loader.total_steps:
+            files.write_text(folder / "config.yaml", recipe.dump(self.config))
 
     def _train(self) -> None:
         steps_per_epoch, self.saved = self.loader.steps_per_epoch, self.start
@@ -208,8 +205,11 @@ class Run:
             fit = memory.most_that_fit(lambda images: self._try(batches[0], images), asked)
             fits = f"{fit} fit"
         if not fit:
-            return f"{told}, nor for one; a smaller network, smaller or fewer crops need less."
-        if self.config.use_bn_in_head:
+            return (
+                f"{told}, nor, as far as it could be tried, for one; a smaller network, smaller or "
+                "fewer crops need less."
+            )
+        if batch_norms(self.learner.student):  # of which no batch is taken in parts
             fit *= distributed.world_size()
             return f"{told}; {fits}: give --total_batch_size {fit}, which is another run."
         return (
