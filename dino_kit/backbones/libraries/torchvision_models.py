@@ -18,10 +18,9 @@ from torchvision.models import regnet
 
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
-from dino_kit.backbones.layers import patch_grid
+from dino_kit.backbones.layers import block_index, patch_grid
 from dino_kit.backbones.libraries.wrapped import (
     LibraryBackbone,
-    block_number,
     outputs_of,
     require_depth,
     resized_positions,
@@ -178,7 +177,7 @@ class _ViT(LibraryBackbone):
 
     def get_selfattention(self, images: Tensor, block: int) -> Tensor:
         """The same of any block, counted from 0, or from the end as -1, -2, …"""
-        index = block_number(block, self.depth)
+        index = block_index(block, self.depth)
         self.keep_all()
         x = self._tokens(images)
         for layer in self.model.encoder.layers[:index]:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
-from dino_kit.backbones.layers import patch_grid
+from dino_kit.backbones.layers import block_index, patch_grid
 from dino_kit.backbones.libraries.wrapped import (
     LibraryBackbone,
-    block_number,
     do_not_train_the_unused,
     outputs_of,
     require_depth,
@@ -265,7 +264,7 @@ class _GlobalAttention(_Tokens):
 
     def get_selfattention(self, images: Tensor, block: int) -> Tensor:
         """The same of any block, counted from 0, or from the end as -1, -2, …"""
-        index = block_number(block, self.depth)
+        index = block_index(block, self.depth)
         self.keep_all()
         return _map_of(self._blocks[index], self._run, images)
 

@@ -301,16 +301,6 @@ def require_depth(backbone: Any, n: int) -> None:
         )
 
 
-def block_number(block: int, depth: int) -> int:
-    """``block`` counted from 0; raises :class:`UserError` where there is none such."""
-    if not -depth <= block < depth:
-        raise UserError(
-            f"There is no block {block}: there are {depth}, from 0 to {depth - 1}, or from the end "
-            "as -1, -2, and so on."
-        )
-    return block % depth
-
-
 def _size(part: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in part for p in module.parameters())
 
