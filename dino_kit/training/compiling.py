@@ -19,8 +19,15 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     fused as they are.
 
     Raises:
-        UserError: nothing can be compiled here.
+        UserError: nothing can be compiled here, or the blocks are not of an attention, or a token
+            mixing, and an MLP, as not all of other libraries' are.
     """
+    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in backbone.blocks):
+        name = getattr(backbone, "name", type(backbone).__name__)
+        raise UserError(
+            f"--compile compiles a block's attention and MLP, and {name} has blocks of "
+            "other parts; leave it off."
+        )
     _require_compiler(device)
     for block in backbone.blocks:
         names = ("mlp",) if device.type == "cpu" else ("attn", "mlp")

@@ -1,10 +1,10 @@
-"""A library's layers that are made for one grid of patches, on any.
+"""Token mixing of a library's models on any grid of patches, where it is made for one.
 
-Token mixing, of whatever layers, is ``U(f(D x))``, where D resamples the tokens of the images' grid to
-the native one and U back (:mod:`~dino_kit.backbones.grids`), as :class:`~dino_kit.backbones.resmlp.
-TokenMixing` has it for one matrix. On the native grid both are the identity.
+It is ``U(f(D x))``, where f is the library's, D resamples the tokens of the images' grid to the native
+one and U back (:mod:`~dino_kit.backbones.grids`); as our own ResMLP has it, of one matrix. On the
+native grid D and U are the identity.
 
-Legend: B batch, M tokens of the images' grid and N of the native one, D channels.
+Legend: B batch, M tokens of the images' grid and N of the native one, C channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dino_kit.backbones.grids import Grid, resampling
 
 
 class TokenMixings:
-    """Modules that take ``(B, D, N)`` and give out the same; from here on ``(B, D, M)``.
+    """Modules that take ``(B, C, N)`` and give out the same; from here on ``(B, C, M)``.
 
     Their names in the state dict stay.
     """
@@ -37,7 +37,7 @@ class TokenMixings:
 
 
 def _resampled(x: Tensor, source: Grid, target: Grid) -> Tensor:
-    """``(B, D, tokens)`` of one grid to those of another."""
+    """``(B, C, tokens)`` of one grid to those of another."""
     if source == target:
         return x
     return resampling(source, target, x.device, x.dtype)(x.mT).mT

@@ -24,6 +24,9 @@ from dino_kit.errors import UserError
 
 _ABOUT_SHAPES = re.compile(r"\b(shapes?|sizes? of tensor|sizes for tensor|is invalid for input)\b")
 
+# Parts of names of parameters that the authors exempt from weight decay.
+_EXEMPT = {"pos_embed", "reg_token", "relative_position_bias_table", "cpb_mlp"}
+
 
 class TimmBackbone(LibraryBackbone):
     """A model of timm.
@@ -32,9 +35,6 @@ class TimmBackbone(LibraryBackbone):
     class and the distillation token, of a model that pools by attention what that gives; else the
     mean of the patches, before or after the norm as timm has it.
     """
-
-    # timm's own lists of what does not decay leave these out here and there.
-    exempt = ("pos_embed", "relative_position_bias_table", "logit_scale")
 
     def __init__(self, model: nn.Module, name: str, image_size: int, in_chans: int):
         _draw_nothing(model)
@@ -87,6 +87,12 @@ class TimmBackbone(LibraryBackbone):
             with _letting_pass(self._equal_blocks, output):
                 earlier.append(self._encode(images))
         return [self._tokens(x) for x in (*earlier, *last)]
+
+    def no_weight_decay(self) -> set[str]:
+        """As of every library, and what timm's lists leave out in this version or that."""
+        return super().no_weight_decay() | {
+            name for name, _ in self.named_parameters() if _EXEMPT.intersection(name.split("."))
+        }
 
     def from_published(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Tensors by timm's names where they are of a layout that timm reads; else as they are."""
