@@ -410,7 +410,7 @@ def test_what_may_change_on_resume_are_fields():
 
 
 def test_config_takes_every_setting_of_train():
-    assert set(fields.names(ConfigConfig)) == {*fields.names(TrainConfig), "diff"}
+    assert set(fields.names(ConfigConfig)) == {*fields.names(TrainConfig), "diff", "explain"}
     values = PATHS | {"epochs": 7, "diff": "other.yaml"}
     assert train_part(fields.create(ConfigConfig, values)) == train(epochs=7)
 

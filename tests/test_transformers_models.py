@@ -11,6 +11,7 @@ import pytest
 import torch
 from refusals import refusal
 
+import dino_kit
 from dino_kit.backbones.build import create_backbone, require_sizes
 from dino_kit.backbones.interface import Backbone, HasSelfAttention
 
@@ -146,8 +147,9 @@ def test_at_its_own_size_a_swin_is_the_library_s_whatever_it_saw_before(built):
 
 @pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "swin"])
 def test_nothing_is_drawn_by_a_generator(built, kind):
-    backbone = built(kind, {"hidden_dropout_prob": 0.5} if kind != "dinov3_vit" else {},
-                     drop_path_rate=0.3).train()  # fmt: skip
+    of_maps = "attention_dropout" if kind == "dinov3_vit" else "attention_probs_dropout_prob"
+    dropout = {of_maps: 0.5} | ({} if kind == "dinov3_vit" else {"hidden_dropout_prob": 0.5})
+    backbone = built(kind, dropout, drop_path_rate=0.3).train()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(backbone(images), backbone(images))
     keep = torch.zeros(len(backbone.drop_path_rates), 2, dtype=torch.bool)
@@ -190,11 +192,14 @@ def test_nothing_comes_from_the_network_and_no_code_beside_it_runs(built, monkey
     monkeypatch.setattr(socket.socket, "connect", refuse)
     built("vit")
     code = {"AutoConfig": "mine.Mine", "AutoModel": "mine.Model"}
-    folder = tmp_path / "own_code"
-    folder.mkdir()
-    (folder / "mine.py").write_text("raise SystemExit('it ran')\n")
-    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
-    assert "cannot be built" in refusal(create_backbone, f"hf:{folder}")
+    for kind in ("mine", "vit"):  # unknown, and known beside code that claims to know better
+        folder = tmp_path / f"{kind}_with_code"
+        folder.mkdir()
+        (folder / "mine.py").write_text("raise SystemExit('it ran')\n")
+        said = {**_VIT, "model_type": kind, "auto_map": code}
+        (folder / "config.json").write_text(json.dumps(said))
+    assert "cannot be built" in refusal(create_backbone, f"hf:{tmp_path}/mine_with_code")
+    assert create_backbone(f"hf:{folder}").embed_dim == 32
     assert "none is fetched" in refusal(create_backbone, "hf:google/vit-base-patch16-224")
     pretrained = {"use_pretrained_backbone": True, "use_timm_backbone": True, "backbone": "resnet18"}
     assert "has no patch_size" in refusal(built, "detr", pretrained)
@@ -257,3 +262,17 @@ def test_half_precision_is_near_the_full_one(built, kind):
         with torch.autocast("cpu", torch.bfloat16):
             half = backbone(images)
     assert (half.float() - full).norm() < 0.05 * full.norm()
+
+
+def test_a_checkpoint_is_read_though_the_folder_has_moved(built, tmp_path):
+    backbone = built("vit")
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    config = {"arch": f"hf:{tmp_path}/vit", "global_crops_size": 32}
+    torch.save({"teacher": state, "config": config}, tmp_path / "checkpoint.pth")
+    images = torch.randn(1, 3, 32, 32)
+    load = dino_kit.load_backbone
+    assert torch.equal(load(tmp_path / "checkpoint.pth")(images), backbone(images))
+    (tmp_path / "vit").rename(tmp_path / "moved")
+    assert "none is fetched" in refusal(load, tmp_path / "checkpoint.pth")
+    again = load(tmp_path / "checkpoint.pth", arch=f"hf:{tmp_path}/moved")
+    assert torch.equal(again(images), backbone(images))

@@ -81,6 +81,8 @@ def _library(said: Mapping[str, Any], arch: str | None, path: Path) -> str | Non
     """
     saved = _canonical(said, path)
     given = None if arch is None else architectures.canonical(arch)
+    if given and saved and given.startswith("hf:") and saved.startswith("hf:"):
+        return given  # the folder may have moved
     libraries = [name for name in (saved, given) if name is not None and _is_library(name)]
     if libraries and None not in (saved, given) and given != saved:
         raise UserError(f"--arch {arch} contradicts {path}, which says that it is {saved}.")
