@@ -121,6 +121,7 @@ def test_a_pooled_feature_alone_is_said_and_patches_are_refused(module, monkeypa
     images = torch.randn(2, 3, 32, 32)
     assert backbone(images).shape == (2, 8)
     assert "gives no patches" in refusal(backbone.forward_features, images)
+    assert maps.available(backbone) == ()
     (output,) = backbone.get_intermediate_layers(images)
     torch.testing.assert_close(output[:, 0], backbone(images))
     assert backbone.num_prefix_tokens == 1

@@ -75,8 +75,7 @@ def describe(name: str) -> Entry:
         sum(p.numel() for p in backbone.parameters()),
         backbone.patch_size,
         backbone.embed_dim,
-        # A model of the user's own may have none; all kinds are of patches.
-        maps.available(backbone) if getattr(backbone, "gives_patches", True) else (),
+        maps.available(backbone),
     )
 
 

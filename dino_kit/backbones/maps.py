@@ -69,10 +69,13 @@ def no_selfattention(backbone: nn.Module) -> NoSelfAttention:
         why = f"has no {lacking(backbone, 'attention')}"
     if isinstance(backbone, HasReAttention):
         why = "mixes and normalises its maps after the softmax, so that they are no self-attention"
-    return NoSelfAttention(f"{title(backbone)} {why}; {', and '.join(shown)}.")
+    told = [f"{title(backbone)} {why}", *([", and ".join(shown)] if shown else [])]
+    return NoSelfAttention(f"{'; '.join(told)}.")
 
 
 def _has(backbone: nn.Module, kind: Kind) -> bool:
+    if not getattr(backbone, "gives_patches", True):  # as a model of the user's own may
+        return False
     if kind.capability is None:
         return True
     if not isinstance(backbone, kind.capability):

@@ -115,25 +115,28 @@ def run(config: AttentionConfig) -> None:
 def _kinds(config: AttentionConfig, backbone: nn.Module) -> tuple[str, ...]:
     """The kinds of maps to show: the one asked for; else attention, or all that there are."""
     there = available(backbone)
+    if not there:
+        raise UserError(f"{title(backbone)} gives no patches, so there are no maps of them to show.")
     kinds = (config.maps,) if config.maps else ("attention",) if "attention" in there else there
     name, lacks = title(backbone), "attention" not in there
     takes = " or ".join(filter(None, (", ".join(there[:-1]), there[-1])))
     for kind in kinds:
         if kind not in there:
             raise UserError(
-                f"{name} has no {lacking(backbone, kind)}, so --maps {kind} has nothing to show; it takes "
-                f"{takes} here."
+                f"{name} has no {lacking(backbone, kind)}, so --maps {kind} has nothing to show; it "
+                f"takes {takes} here."
             )
     for flag in ("html", "threshold", "block"):
         given = getattr(config, flag)
         if "attention" not in kinds and given is not None and given is not False:
-            why = f"{name} has no {lacking(backbone, 'attention')}" if lacks else f"--maps is {config.maps}"
+            missing = f"{name} has no {lacking(backbone, 'attention')}"
+            why = missing if lacks else f"--maps is {config.maps}"
             raise UserError(f"--{flag} is for attention maps, and {why}; leave it out.")
     if lacks and not config.maps:
         instead = " and ".join(KINDS[kind].shows for kind in kinds)
         log.notice(
-            f"{name} has no {lacking(backbone, 'attention')}, so there are no attention maps; shown instead: "
-            f"{instead}."
+            f"{name} has no {lacking(backbone, 'attention')}, so there are no attention maps; shown "
+            f"instead: {instead}."
         )
     return kinds
 
