@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from dino_kit import cli
-from dino_kit.config import command_line
-from dino_kit.config import fields
+from dino_kit.config import command_line, fields
 from dino_kit.config.commands import COMMANDS
 from dino_kit.config.train import TrainConfig
 from dino_kit.errors import RunFailed, UserError

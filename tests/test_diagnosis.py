@@ -7,7 +7,15 @@ import math
 import pytest
 
 from dino_kit.training.diagnosis import (
-    COLLAPSED, DEAD, FAULTS, LEARNING, ONE_POINT, UNIFORM, UNSTEADY, WARMING_UP, Diagnosis,
+    COLLAPSED,
+    DEAD,
+    FAULTS,
+    LEARNING,
+    ONE_POINT,
+    UNIFORM,
+    UNSTEADY,
+    WARMING_UP,
+    Diagnosis,
 )  # fmt: skip
 
 K = 1024

@@ -12,6 +12,7 @@ from torch import nn
 
 import dino_kit
 from dino_kit import log
+from dino_kit.backbones import maps
 from dino_kit.backbones.build import create_backbone, require_sizes
 from dino_kit.backbones.interface import Backbone
 from dino_kit.errors import UserError

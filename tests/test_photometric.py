@@ -24,8 +24,8 @@ from dino_kit.data import augment
 from dino_kit.data.augment import CropParameters, geometry, render
 from dino_kit.data.crops import View, sample_crop
 from dino_kit.data.decode import decode, decode_raster
-from dino_kit.data.photograph import open_raster
 from dino_kit.data.loader import Batch, Loader
+from dino_kit.data.photograph import open_raster
 from dino_kit.data.photometric import Changes, change, changes_of
 from dino_kit.data.raster import Raster
 from dino_kit.errors import BadImage
