@@ -100,13 +100,13 @@ class SharedBatchNorm(_ANY):
         own = values.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # In double precision, as PyTorch's: a channel of little variance shows the mean's rounding.
         total = _Sum.apply(torch.cat((values.sum(dims, dtype=torch.float64), own)))  # (C + 1,)
-        n = total[-1].detach()
+        n = total[-1].detach().clamp(min=1)
         # Not from the sum of squares, which cancels where the mean is large.
-        mean = total[:-1] / n.clamp(min=1)  # (C,)
+        mean = total[:-1] / n  # (C,)
         centred = values - mean.to(values.dtype).view(shape)
         squares = centred.square().sum(dims, dtype=torch.float64)
-        variance = _Sum.apply(squares) / n.clamp(min=1)  # (C,)
-        if self.training and self.track_running_stats and n:
+        variance = _Sum.apply(squares) / n  # (C,)
+        if self.training and self.track_running_stats and total[-1]:
             self._follow(mean, variance * (n / (n - 1).clamp(min=1)))
         scale = (variance + self.eps).rsqrt() * (self.weight if self.affine else 1.0)  # (C,)
         normalised = centred * scale.to(values.dtype).view(shape)
