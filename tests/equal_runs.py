@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dino_kit import distributed, sharding
+from dino_kit import distributed
 from dino_kit.assemble import build_learner
 from dino_kit.config.train import TrainConfig
 from dino_kit.data.loader import _parts
@@ -62,36 +62,40 @@ POISONED = {"plain, poisoned": {}, "sharded, poisoned": FSDP, "batch norm, poiso
             "DeepViT, poisoned": DEEPVIT}  # fmt: skip
 
 
-@torch.no_grad()
 def learner(**settings) -> Learner:
     config = TrainConfig(**{**PLAIN, **settings})
-    one = build_learner(config, STEPS_PER_EPOCH, torch.device("cpu"), "fp32")
+    # A DeepViT's norm divides by how little nearly level maps deviate, and shows what single precision
+    # rounds in the fourth digit of the losses.
+    torch.set_default_dtype(torch.float64 if config.arch == "deepvit" else torch.float32)
+    try:
+        one = build_learner(config, STEPS_PER_EPOCH, torch.device("cpu"), "fp32")
+    finally:
+        torch.set_default_dtype(torch.float32)
     if config.arch == "deepvit":
-        # The first maps are almost level, and a norm that divides by how little they deviate shows
-        # what is rounded in the fourth digit of the losses. With larger queries and keys they are not.
-        for network in (one.student, one.teacher):
-            torch._foreach_mul_(
-                sharding.parts(block.attn.qkv.weight for block in network.backbone.blocks), 8.0
-            )
+        one.centering.center = one.centering.center.float()  # as the loss is
     return one
 
 
-def batches(step: int, most: int) -> list[MicroBatch]:
+def batches(step: int, most: int, dtype: torch.dtype) -> list[MicroBatch]:
     """This process's micro-batches of at most ``most`` images."""
     numbers = torch.Generator().manual_seed(step)
     groups = [torch.randn(2, IMAGES, 3, s, s, generator=numbers) for s in (16, 8)]
     places = _parts(IMAGES, distributed.rank(), distributed.world_size(), most)
     return [
-        MicroBatch([group[:, part].contiguous() for group in groups], torch.from_numpy(part))
+        MicroBatch([group[:, part].to(dtype) for group in groups], torch.from_numpy(part))
         for part in places
     ]
+
+
+def dtype_of(one: Learner) -> torch.dtype:
+    return next(one.student.parameters()).dtype
 
 
 def follow(one: Learner, most: int = IMAGES, steps: range = range(STEPS)) -> list[float]:
     """Take the steps; returns their losses over all processes."""
     losses = []
     for step in steps:
-        outcome = one.step(step, batches(step, most))
+        outcome = one.step(step, batches(step, most, dtype_of(one)))
         assert outcome.committed
         losses.append(distributed.all_reduce_mean(outcome.measured["loss"]).item())
     return losses
@@ -105,12 +109,12 @@ def poisoned_step_changes_nothing(**settings) -> bool:
     tensors += [value for state in one.optimizer.state.values() for value in state.values()]
     tensors = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
     before = [tensor.clone() for tensor in tensors]
-    bad = batches(3, IMAGES)
+    bad = batches(3, IMAGES, dtype_of(one))
     if distributed.rank() == distributed.world_size() - 1:
         bad[0].groups[0][0, 0] = float("nan")
     assert not one.step(3, bad).committed
     same = all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    return same and one.step(4, batches(4, IMAGES)).committed
+    return same and one.step(4, batches(4, IMAGES, dtype_of(one))).committed
 
 
 def run(folder: Path, name: str, settings: dict) -> None:

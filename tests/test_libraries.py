@@ -236,7 +236,7 @@ def test_attention_of_torchvisions_vit_is_the_softmax_by_hand():
             torch.testing.assert_close(maps, by_hand, rtol=0, atol=1e-6)
     assert isinstance(backbone, HasSelfAttention)
     assert not isinstance(create_backbone("resnet18", image_size=32), HasSelfAttention)
-    with pytest.raises(UserError, match="There is no block 12: there are 12, from 0 to 11"):
+    with pytest.raises(UserError, match="There is no block 12; in a network of depth 12"):
         backbone.get_selfattention(images, 12)
 
 

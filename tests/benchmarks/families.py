@@ -27,14 +27,15 @@ from typing import NamedTuple
 COMMON = (
     "--local_crops_number 4 --out_dim 1024 --batch_size_per_gpu 64 --lr 0.002 "
     "--momentum_teacher 0.99 --use_bn_in_head true --drop_path_rate 0 --warmup_epochs 1 "
-    "--num_workers 0"
+    "--local_crops_scale 0.07 0.4 --blur_radius_min 0.011 --blur_radius_max 0.21 --num_workers 0"
 )
-SMALL = "--global_crops_size 32 --local_crops_size 16"  # of CIFAR-10's own 32 pixels
-LARGE = "--global_crops_size 64 --local_crops_size 32"  # twice as large, for patches of 16 and 32
+TINY = "--global_crops_size 24 --local_crops_size 12"  # what dino-kit recipe proposes for 32 pixels
+SMALL = "--global_crops_size 32 --local_crops_size 16"  # for patches of 8, and windows
+LARGE = "--global_crops_size 64 --local_crops_size 32"  # for patches of 16 and 32
 FAMILIES = {
-    "ViT": f"--arch vit --embed_dim 96 --depth 4 --num_heads 3 --patch_size 4 {SMALL}",
-    "DeepViT": f"--arch deepvit --embed_dim 96 --depth 4 --num_heads 6 --patch_size 4 {SMALL}",
-    "ResMLP": f"--arch resmlp --embed_dim 96 --depth 6 --patch_size 4 {SMALL}",
+    "ViT": f"--arch vit --embed_dim 96 --depth 4 --num_heads 3 --patch_size 4 {TINY}",
+    "DeepViT": f"--arch deepvit --embed_dim 96 --depth 4 --num_heads 6 --patch_size 4 {TINY}",
+    "ResMLP": f"--arch resmlp --embed_dim 96 --depth 6 --patch_size 4 {TINY}",
     "T2T-ViT": f"--arch t2t_vit --embed_dim 96 --depth 4 --num_heads 3 {LARGE}",
     "CSWin": f"--arch cswin --embed_dim 24 --arch_options depths=[1,1,2,1] {LARGE}",
     "Swin": (
@@ -47,6 +48,9 @@ FAMILIES = {
     ),
     "ResNet": f"--arch torchvision:resnet18 {LARGE}",
 }
+
+SIGHT = 232  # pixels of a panel's side
+ACROSS = {4: 24, 8: 16, 16: 12, 32: 8}  # patches along a picture's side, by the patch's own side
 
 
 class Result(NamedTuple):
@@ -136,6 +140,48 @@ def finish(started: Started, epochs: int) -> Result:
     if not told.exists():  # of a run that was there already, what it took then
         told.write_text(json.dumps(minutes))
     return Result(*accuracies, epochs, json.loads(told.read_text()))
+
+
+def draw(folder: Path, picture: Path) -> None:
+    """What each family that was run makes of one picture: its own maps, head by head averaged."""
+    from PIL import Image
+
+    from dino_kit import figures, weights
+    from dino_kit.backbones.maps import KINDS, available
+    from dino_kit.evaluators import attention, patches
+
+    image = Image.open(picture).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    sight = image.resize((SIGHT, SIGHT))
+    panels = [("the picture", "", sight)]
+    colours = figures.colour_table()
+    for family in FAMILIES:
+        out = folder / family / "seed0"
+        if not (out / "checkpoint.pth").exists():
+            continue
+        loaded = weights.load(out)
+        backbone = loaded.backbone
+        kind = available(backbone)[0]
+        size = backbone.patch_size * ACROSS[backbone.patch_size]
+        seen = attention.to_tensor(
+            image.resize((size, size), Image.Resampling.BICUBIC),
+            loaded.transform.mean, loaded.transform.std,
+        )  # fmt: skip
+        if kind == "attention":
+            values = attention.attention_maps(backbone, seen).mean(0)
+        elif kind == "reattention":
+            values = attention.reattention_maps(backbone, seen).mean(0)
+        elif kind == "classattention":
+            values = attention.classattention_maps(backbone, seen).mean(0)
+        else:
+            kind, values = "similarity", patches.similarity_map(patches.look(backbone, seen))
+        panels.append((family, kind, figures.overlay(sight, values.numpy(), colours)))
+    shown = {kind: KINDS[kind].shows for _, kind, _ in panels[1:]}
+    subtitle = "; ".join(f"{kind}: {shows}" for kind, shows in shown.items())
+    sheet = figures.sheet("One picture, as each family sees it", subtitle, panels, columns=3)
+    print(f"written to {figures.save(folder / 'families.png', sheet)}")
 
 
 def on_a_core(core: int, command: str) -> list[str]:
