@@ -92,6 +92,7 @@ def test_of_a_very_large_network_no_values_are_drawn(capsys, monkeypatch):
 
 
 def test_what_begins_unlike_its_like_is_said():
+    torch.manual_seed(0)
     network = nn.Module()
     network.backbone = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50), nn.Linear(50, 50))
     with torch.no_grad():
