@@ -19,10 +19,10 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     fused as they are.
 
     Raises:
-        UserError: nothing can be compiled here, or the blocks are not of an attention, or a token
-            mixing, and an MLP, as not all of other libraries' are.
+        UserError: nothing can be compiled here, or the blocks have no MLP, as not all of other
+            libraries' have.
     """
-    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in backbone.blocks):
+    if not all(hasattr(block, "mlp") for block in backbone.blocks):
         name = getattr(backbone, "name", type(backbone).__name__)
         raise UserError(
             f"--compile compiles a block's attention and MLP, and {name} has blocks of "
