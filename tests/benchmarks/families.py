@@ -30,7 +30,7 @@ COMMON = (
     "--local_crops_scale 0.07 0.4 --blur_radius_min 0.011 --blur_radius_max 0.21 --num_workers 0"
 )
 TINY = "--global_crops_size 24 --local_crops_size 12"  # what dino-kit recipe proposes for 32 pixels
-SMALL = "--global_crops_size 32 --local_crops_size 16"  # for patches of 8, and windows
+SMALL = "--global_crops_size 32 --local_crops_size 16"  # for patches of 8, windows, convolutions
 LARGE = "--global_crops_size 64 --local_crops_size 32"  # for patches of 16 and 32
 FAMILIES = {
     "ViT": f"--arch vit --embed_dim 96 --depth 4 --num_heads 3 --patch_size 4 {TINY}",
@@ -46,7 +46,7 @@ FAMILIES = {
         "--arch timm:xcit_nano_12_p16_224 --arch_options patch_size=8 embed_dim=96 depth=4 "
         f"num_heads=3 {SMALL}"
     ),
-    "ResNet": f"--arch torchvision:resnet18 {LARGE}",
+    "ResNet": f"--arch torchvision:resnet18 {SMALL}",
 }
 
 SIGHT = 232  # pixels of a panel's side
