@@ -18,10 +18,6 @@ from dino_kit.config import arch_options, architectures
 from dino_kit.config.architectures import Family
 from dino_kit.errors import UserError
 
-# Of a CSWin Transformer: the authors' models for 384 pixels have the tensors of those for 224, and
-# other stripes.
-_CSWIN_UNSEEN = ("heads", "split_sizes")
-
 
 class Architecture(NamedTuple):
     """What to build."""
@@ -297,20 +293,16 @@ def _unseen_options(
             raise UserError(
                 f"--arch_options {key}={value} contradicts {path}, which has {key} {known[key]}."
             )
-    table = {}
-    if family is architectures.CSWIN:
-        table = family.sizes.get(name, {}) if fits else {}
-        if said.get("arch"):
-            # A run that does not say a size had its name's; cswin alone has those of the tiny one.
-            table = family.sizes.get(name, family.sizes["cswin_tiny"])
-        table = {size: table[size] for size in _CSWIN_UNSEEN if table}
-    found = {**table, **saved, **own}
-    missing = [size for size in _CSWIN_UNSEEN if size not in found]
-    if missing and family is architectures.CSWIN:
+    table = family.sizes.get(name, {}) if fits or said.get("arch") else {}
+    if not table and said.get("arch"):
+        # A run under the free name that does not say a size had that of the first name.
+        table = next(iter(family.sizes.values()))
+    found = {**{size: table[size] for size in family.unseen if table}, **saved, **own}
+    missing = [size for size in family.unseen if size not in found]
+    if missing:
         raise UserError(
-            f"The {' and '.join(missing)} of {path} are not known: its tensors have embed_dim "
-            f"{sizes['embed_dim']} and depths {sizes['depths']}, which go by no name; give "
-            f"--arch_options {' '.join(f'{size}=[…]' for size in missing)}."
+            f"The {' and '.join(missing)} of {path} are not known: its {_shape(sizes)}, which go by "
+            f"no name; give --arch_options {' '.join(f'{size}=[…]' for size in missing)}."
         )
     return {size: value for size, value in found.items() if size not in sizes}
 

@@ -31,7 +31,6 @@ from dino_kit.evaluators.gallery import Page, Picture, show
 from dino_kit.weights import Loaded
 
 _PAGE, _RECORD = "attention.html", "attention.json"
-# Kinds of maps, by what a network without them lacks, and what they are.
 
 
 def run(config: AttentionConfig) -> None:

@@ -116,6 +116,7 @@ class Family(NamedTuple):
     needed: tuple[str, ...]  # the sizes that the free name must be given
     optional: tuple[str, ...] = ("mlp_ratio",)  # the sizes that it may be given besides
     settings: tuple[str, ...] = ()  # what every name may be given, and not every family
+    unseen: tuple[str, ...] = ()  # the sizes without a flag that show in no tensor
     is_built_here: bool = True  # or by a library
     takes_patch_size: bool = True
     patch_size: int | None = None  # where it is the family's own, and not each model's
@@ -145,6 +146,8 @@ CSWIN = Family(
     FREE_CSWIN,
     CSWIN_SIZES,
     ("embed_dim",),
+    # The authors' models for 384 pixels have the tensors of those for 224, and other stripes.
+    unseen=("heads", "split_sizes"),
     takes_patch_size=False,
     patch_size=32,
 )

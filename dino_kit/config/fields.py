@@ -194,7 +194,7 @@ def describe_kind(schema: type, field: dataclasses.Field) -> str:
         return "{" + ",".join(get_args(words)) + "} or FLOAT FLOAT ..."
     if _is_many(kind):
         inner = get_args(kind)
-        word = inner[0].__name__.upper()
+        word = "TEXT" if inner[0] is str else inner[0].__name__.upper()
         return f"{word} [{word} ...]" if Ellipsis in inner else " ".join([word] * len(inner))
     if kind is bool:
         return "[{true,false}]" if field.metadata["switch"] else "{true,false}"
