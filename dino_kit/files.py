@@ -7,16 +7,20 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dino_kit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK = 1 << 20  # bytes that are read at once
 
@@ -195,12 +199,58 @@ def uninterrupted() -> Iterator[None]:
             handler(*received[0])
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write ``tensors``, on the CPU, in the format safetensors, to a name that is not used yet.
+
+    Raises:
+        OSError: the place cannot be written to, or is full; there is no such file then.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with uninterrupted():
+            save_file(dict(tensors), path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            path.unlink()
+        if not isinstance(error, SafetensorError):
+            raise
+        number = re.search(r"os error (\d+)", str(error))  # the only place where it says which
+        if number is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def read_tensor(path: str | Path, name: str) -> torch.Tensor:
+    """One of the tensors that :func:`write_tensors` wrote, on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged or no such file, or has no such tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}, where a part of a checkpoint lies.")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {name!r} cannot be read from it.") from error
+
+
+def read_weights(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     """What ``torch.save`` wrote to ``path``, on the CPU, without running pickled code.
 
     Tensors, plain data and the few harmless types of published files (the parsed arguments, NumPy
     scalars) are read; everything else is refused. The checksums inside the file are verified first,
-    because ``torch.load`` reads a flipped byte without a word.
+    because ``torch.load`` reads a flipped byte without a word. With ``lazily`` they are not, and
+    tensors stay on the disk until they are used.
 
     Raises:
         UserError: the file is missing, damaged, no checkpoint, or holds types that could run code.
@@ -213,13 +263,13 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     archived = False
     try:
         archived = zipfile.is_zipfile(path)
-        if archived:
+        if archived and not lazily:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise UserError(f"{path} is damaged: the checksum of {damaged!r} does not match.")
         with torch.serialization.safe_globals(_harmless_types()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except UserError:
         raise
     except Exception as error:  # a damaged file makes the readers raise almost anything

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_kit import distributed
+from dino_kit.shards import StoredTensor, in_parts, replaced
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
@@ -35,7 +36,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    return any(_in_parts(parameter) for parameter in network.parameters())
+    return any(in_parts(parameter) for parameter in network.parameters())
 
 
 def sum_gradients(network: nn.Module, now: bool) -> None:
@@ -47,13 +48,13 @@ def sum_gradients(network: nn.Module, now: bool) -> None:
 @torch.no_grad()
 def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process holds of each, not copied."""
-    return [tensor.to_local() if _in_parts(tensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if in_parts(tensor) else tensor for tensor in tensors]
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each of n tensors, all of them in parts or none: ``(n,)``, on the device."""
     own = torch.stack(torch._foreach_norm(parts(tensors)))
-    if not any(map(_in_parts, tensors)):
+    if not any(map(in_parts, tensors)):
         return own
     return distributed.all_reduce_sum(own.double().square()).sqrt().to(own.dtype)
 
@@ -64,24 +65,22 @@ def gathered(state: Any) -> Any:
     All processes have to call it. Whole ones go to the main process's memory, one after the other;
     the other processes get None in their place.
     """
-    if isinstance(state, Mapping):
-        return {name: gathered(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [gathered(value) for value in state]
-    if not _in_parts(state):
-        return state
-    whole = state.full_tensor()
-    return whole.cpu() if distributed.is_main() else None
+
+    def fetched(name: str, tensor: Any) -> Tensor | None:
+        whole = tensor.full_tensor()
+        return whole.cpu() if distributed.is_main() else None
+
+    return replaced(state, in_parts, fetched)
 
 
 def divided_network(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """``state``, whole on every process, as ``network`` loads it."""
+    """``state``, whole on every process or stored in parts, as ``network`` loads it."""
     own = network.state_dict()
     return {name: _divided(value, own.get(name)) for name, value in state.items()}
 
 
 def divided_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``state``, whole on every process, as ``optimizer`` loads it."""
+    """``state``, whole on every process or stored in parts, as ``optimizer`` loads it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
         number: {name: _divided(value, parameters[number]) for name, value in own.items()}
@@ -108,14 +107,25 @@ def whole_copy(network: nn.Module, empty: nn.Module) -> nn.Module | None:
     return filled
 
 
-def _in_parts(tensor: Any) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor, whose import costs a second
-
-
 def _divided(whole: Any, like: Tensor | None) -> Any:
     """``whole`` in parts as ``like``'s, where that is in parts and of the same shape."""
-    if not _in_parts(like) or not isinstance(whole, Tensor) or whole.shape != like.shape:
+    if not isinstance(whole, Tensor | StoredTensor):
         return whole
-    from torch.distributed.tensor import distribute_tensor
+    stored = isinstance(whole, StoredTensor)
+    if not in_parts(like) or whole.shape != like.shape:
+        return whole.whole() if stored else whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    mesh, placements = like.device_mesh, like.placements
+    if not stored:
+        return distribute_tensor(whole.to(like.device), mesh, placements)
+    own = whole.rows(*_own_rows(len(like), distributed.rank(), distributed.world_size()))
+    return DTensor.from_local(
+        own.to(like.device), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _own_rows(rows: int, rank: int, processes: int) -> tuple[int, int]:
+    """The first row of a process, and the first after it, as ``fully_shard`` and ``chunk`` split them."""
+    most = -(-rows // processes)  # of the last processes' some may be fewer, or none
+    return min(rank * most, rows), min((rank + 1) * most, rows)

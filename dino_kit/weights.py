@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dino_kit import files
+from dino_kit import files, shards
 from dino_kit.backbones import recognition
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.tensor_sizes import some
@@ -131,6 +131,7 @@ def load(
     path = _file(Path(path))
     content = files.read_weights(path)
     state, which = _network(content, which, path)
+    state = shards.whole(shards.opened(state, path))
     said = _settings(content)
     given = {
         "patch_size": patch_size,

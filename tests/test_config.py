@@ -329,6 +329,8 @@ def configurations(draw) -> TrainConfig:
         values["pixels"] = "fast"
     if values["fsdp"]:
         values["compile"] = False
+    else:
+        values["checkpoint_shards"] = False
     for low, high in zip(*(values[f"blur_radius_{end}"] for end in ("min", "max")), strict=True):
         if low > high:
             values["blur_radius_min"] = (0.0,) * 3

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from processes import together
 from test_train import assert_same, assert_same_run, metrics, pictures, words  # noqa: F401
 
 from dino_kit import files
@@ -205,3 +207,37 @@ def test_killed_at_every_kind_of_moment(train, whole, tmp_path):
         assert train(folder, among(moments, kind, number / 17)) == -signal.SIGKILL, kind
         assert train(folder, NEVER) == 0
         assert_nothing_lost_or_double(run, folder / "run")
+
+
+# The kill comes in the middle of the fourth step, of which nothing is on the disk.
+IN_A_STEP = """
+import os, signal, sys
+from dino_kit import cli
+from dino_kit.training.learner import Learner
+
+def commit(learner, step, *rest, real=Learner._commit):
+    if os.environ["KILLED"] == "yes" and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(learner, step, *rest)
+
+Learner._commit = commit
+sys.exit(cli.main(sys.argv[1:]))
+"""
+WITHOUT_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use"
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=WITHOUT_GPU)])
+def test_killed_in_half_precision(pictures, tmp_path, device):  # noqa: F811
+    def run(out: str, killed: str) -> int:
+        flags = ("--precision", "bf16", "--device", device, "--save_every_steps", 1)
+        line = words(pictures, tmp_path / out, *flags, "--log_every_steps", 1)
+        return together("-c", IN_A_STEP, *line, processes=1, KILLED=killed)[0].status
+
+    assert run("whole", "no") == 0 and run("killed", "yes") == -signal.SIGKILL
+    assert run("killed", "no") == 0
+    if device == "cpu":
+        assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    one, other = ([line["loss"] for line in metrics(tmp_path / out)] for out in ("whole", "killed"))
+    assert len(other) == 6 and other == pytest.approx(one, rel=1e-2)  # a GPU adds in any order

@@ -24,6 +24,7 @@ RESUMABLE = frozenset(
         "augment",  # as auto it goes with the device
         "batch_size_per_gpu",  # the total batch is compared instead
         "checkpoint_activations",
+        "checkpoint_shards",
         "compile",
         "data_path",
         "device",
@@ -153,6 +154,11 @@ class Optimisation:
         "Over several processes, keep only a share of the weights, gradients and moments on each, "
         "for backbones that do not fit on one GPU; checkpoints stay as they are.",
     )
+    checkpoint_shards: bool = option(
+        False,
+        "With --fsdp, let each process write its own share of a checkpoint to the folder shards, "
+        "beside checkpoint.pth, for where the main process's memory cannot hold it all.",
+    )
     compile: bool = option(
         False,
         "Compile attention and MLP of the backbone's blocks by torch.compile, which takes a minute "
@@ -179,6 +185,8 @@ class Optimisation:
             )
         if self.fsdp and self.compile:
             raise UserError("--fsdp true and --compile true do not go together; give one.")
+        if self.checkpoint_shards and not self.fsdp:
+            raise UserError("--checkpoint_shards true is of use with --fsdp true only; give both.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 ``checkpoint.pth`` is the newest, ``checkpoint_previous.pth`` the one before it, and
 ``checkpoint0020.pth`` a copy kept for good (named by its 0-based epoch, as in the reference), and
-``checkpoint_best.pth`` a copy of the one whose probe with labels was best.
+``checkpoint_best.pth`` a copy of the one whose probe with labels was best. Where a process's memory
+cannot hold it, most of it lies in :mod:`~dino_kit.shards` beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dino_kit import distributed, files, log, sharding
+from dino_kit import distributed, files, log, sharding, shards
 from dino_kit.batch_norm import batch_norms
 from dino_kit.errors import UserError
 
@@ -30,8 +31,8 @@ def network_states(student: nn.Module, teacher: nn.Module) -> dict[str, dict[str
     """
     wrapped = bool(batch_norms(teacher))
     return {
-        "student": _prefixed(sharding.gathered(student.state_dict()), "module."),
-        "teacher": _prefixed(sharding.gathered(teacher.state_dict()), "module." if wrapped else ""),
+        "student": _prefixed(student.state_dict(), "module."),
+        "teacher": _prefixed(teacher.state_dict(), "module." if wrapped else ""),
     }
 
 
@@ -56,6 +57,7 @@ def save(folder: str | Path, content: dict[str, Any], also_as: str | None = None
         if (folder / NEWEST).exists():
             files.same_content(folder / NEWEST, folder / PREVIOUS)
         new.replace(folder / NEWEST)
+        remove_unused_shards(folder)
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
@@ -69,13 +71,13 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
     """
     newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
     if not newest.is_file():
-        return files.read_weights(previous) if previous.is_file() else None
+        return _read(previous) if previous.is_file() else None
     try:
-        return files.read_weights(newest)
+        return _read(newest)
     except UserError as error:
         if not previous.is_file():
             raise
-        content = files.read_weights(previous)
+        content = _read(previous)
         log.notice(f"{error} The one before it, {PREVIOUS}, is used.")
     if distributed.is_main():
         files.same_content(previous, newest)
@@ -96,10 +98,27 @@ def keep_as_best(folder: str | Path) -> None:
 
 def remove(folder: str | Path) -> None:
     """Remove the checkpoints that a run wrote to ``folder``."""
-    numbered = (path for path in Path(folder).glob("checkpoint*.pth") if _NUMBERED(path.name))
-    named = (Path(folder) / name for name in (NEWEST, PREVIOUS, BEST))
-    for path in (*named, *numbered):
+    for path in _all(folder):
         path.unlink(missing_ok=True)
+    shards.remove_all_but(folder, [])
+
+
+def remove_unused_shards(folder: str | Path) -> None:
+    """Remove what no checkpoint of ``folder`` refers to: of those that made way, or were never written."""
+    shards.remove_all_but(folder, _all(folder))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, whose tensors may be stored in parts; all processes have to call it."""
+    content = shards.opened(files.read_weights(path), path)
+    shards.check(content)
+    return content
+
+
+def _all(folder: str | Path) -> list[Path]:
+    named = [Path(folder) / name for name in (NEWEST, PREVIOUS, BEST)]
+    numbered = [path for path in Path(folder).glob("checkpoint*.pth") if _NUMBERED(path.name)]
+    return [path for path in (*named, *numbered) if path.is_file()]
 
 
 def _prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -225,19 +225,20 @@ class Learner:
             return self.teacher.backbone
         return sharding.whole_copy(self.teacher.backbone, self._plain_backbone)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, whole: bool = True) -> dict[str, Any]:
         """The checkpoint's entries, under the reference's keys.
 
-        Where the networks are sharded, all processes have to call it and the main one gets it.
+        Where the networks are sharded, all processes have to call it and the main one gets it; or
+        each gets its own parts, not ``whole``.
         """
         state = {
             **checkpoint.network_states(self.student, self.teacher),
-            "optimizer": sharding.gathered(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "dino_loss": self.centering.state_dict(),
         }
         if self.loss_scale is not None:
             state["fp16_scaler"] = self.loss_scale.state_dict()
-        return state
+        return sharding.gathered(state) if whole else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         checkpoint.load_network(self.student, state["student"])

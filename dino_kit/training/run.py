@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dino_kit import distributed, files, locks, log
+from dino_kit import distributed, files, locks, log, shards
 from dino_kit.batch_norm import batch_norms
 from dino_kit.config import fields, recipe
 from dino_kit.config.train import TrainConfig
@@ -111,13 +111,12 @@ class Run:
     def save(self, done: int) -> bool:
         """Write the checkpoint of ``done`` steps, and its copy for good where one is due.
 
-        Returns whether the main process, which writes it, could; all processes come to the same.
+        Returns whether those that write it could; all processes come to the same.
 
         Raises:
             RunFailed: it could not be written, and neither could those before, or it is the last.
         """
-        state, monitored = self.learner.state_dict(), self.monitor.state_dict()
-        refusal = self._write(done, state, monitored) if distributed.is_main() else ""
+        refusal = self._write(done)
         if not distributed.total(bool(refusal), self.learner.device):
             self.failed_saves, self.saved = 0, done
             return True
@@ -134,8 +133,25 @@ class Run:
         log.notice(f"{told} The run goes on, and it is tried again in a minute.")
         return False
 
-    def _write(self, done: int, state: dict[str, Any], monitored: dict[str, Any]) -> str:
+    def _write(self, done: int) -> str:
         """Bring all to the disk that belongs to a checkpoint; returns why it was refused, if so."""
+        folder = Path(self.config.output_dir)
+        in_parts = self.config.checkpoint_shards and self.learner.is_sharded
+        state, monitored = self.learner.state_dict(whole=not in_parts), self.monitor.state_dict()
+        try:
+            if in_parts:
+                state = shards.write(folder, done, state)
+            if distributed.is_main():
+                self._write_checkpoint(done, state, monitored)
+        except OSError as error:
+            if distributed.is_main():  # what others wrote for it, on a disk that may be full
+                checkpoint.remove_unused_shards(folder)
+            return f" ({error.strerror or error})"
+        return ""
+
+    def _write_checkpoint(
+        self, done: int, state: dict[str, Any], monitored: dict[str, Any]
+    ) -> None:
         epoch, rest = divmod(done, self.loader.steps_per_epoch)
         content = {
             **state,
@@ -148,14 +164,10 @@ class Run:
             "monitor": monitored,
         }
         due = rest == 0 and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0
-        try:
-            self.monitor.flush()
-            checkpoint.save(
-                self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
-            )
-        except OSError as error:
-            return f" ({error.strerror or error})"
-        return ""
+        self.monitor.flush()
+        checkpoint.save(
+            self.config.output_dir, content, f"checkpoint{epoch - 1:04}.pth" if due else None
+        )
 
     def look(self, done: int) -> None:
         """Probe the teacher after ``done`` steps, where an epoch ends at which that is due.

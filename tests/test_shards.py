@@ -1,0 +1,332 @@
+"""Checkpoints whose tensors lie in parts, one file of each process: equal to whole ones, and as safe."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import sharded_training
+import torch
+from processes import run_together, together
+from safetensors import safe_open
+from sharded_training import SHARDS, assert_close_run, save_images, train, train_an_epoch
+from test_train import assert_same
+
+import dino_kit
+from dino_kit import files, shards
+from dino_kit.errors import UserError
+from dino_kit.sharding import _own_rows
+from dino_kit.training import checkpoint
+
+# Commands of two processes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One run by one process, and the same in shards by two; from one to the other and back."""
+    root = tmp_path_factory.mktemp("shards")
+    save_images(root / "pictures", 20)
+    assert train(root, "whole") == 0
+    assert train_an_epoch(root, "ended in shards") == 1
+    runs = ("in shards", "begun in shards", "ended in shards")
+    run_together(sharded_training.__file__, str(root), *runs)
+    shutil.copytree(root / "begun in shards", root / "ended by four")
+    assert train(root, "begun in shards") == 0
+    return root
+
+
+def read(folder: Path, name: str = "checkpoint.pth") -> dict:
+    return shards.whole(shards.opened(files.read_weights(folder / name), folder / name))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted((folder / "shards").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["in shards", "begun in shards", "ended in shards"])
+def test_a_run_in_shards_is_the_run(root, name):
+    assert_close_run(read(root / "whole"), read(root / name))
+    newest = files.read_weights(root / name / "checkpoint.pth")
+    is_whole = isinstance(newest["student"]["module.backbone.cls_token"], torch.Tensor)
+    assert is_whole == (name == "begun in shards")  # which one process ended
+
+
+def test_a_run_goes_on_by_another_number_of_processes(root):
+    before = read(root / "ended by four")
+    assert before["step"] == 2
+    run_together(sharded_training.__file__, str(root), "ended by four", processes=4)
+    assert_close_run(read(root / "whole"), read(root / "ended by four"))
+    names = [path.name for path in shard_files(root / "ended by four")]
+    assert [name for name in names if "of-00004" in name] == [
+        f"0000{n}-of-00004.safetensors" for n in range(4)
+    ]
+
+
+def test_no_file_holds_all(root):
+    """The main process never has it all, nor does the checkpoint: a few small tensors at most."""
+    content = files.read_weights(root / "in shards/checkpoint.pth")
+    places = [*content["student"].values(), *content["teacher"].values()]
+    places += [place for state in content["optimizer"]["state"].values() for place in state.values()]
+    whole = [place for place in places if isinstance(place, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in whole) < 100 < len(places) - len(whole)
+    of_the_last = shard_files(root / "in shards")[-2:]
+    rows = []
+    for path in of_the_last:
+        with safe_open(path, "pt") as file:
+            rows.append(file.get_slice("teacher/backbone.pos_embed").get_shape()[0]
+                        if "teacher/backbone.pos_embed" in file.keys() else 0)  # fmt: skip
+    assert rows == [1, 0]  # (1, N, d) has one row
+
+
+def test_each_checkpoint_has_its_shards_and_no_other_stays(root):
+    folder = root / "in shards"
+    names = ("checkpoint.pth", "checkpoint_previous.pth", "checkpoint0000.pth", "checkpoint0001.pth")
+    assert [read(folder, name)["step"] for name in names] == [4, 2, 2, 4]
+    steps = sorted(path.name.partition("-")[0] for path in (folder / "shards").iterdir())
+    assert steps == ["step00000002", "step00000004"]
+
+
+def test_an_evaluator_reads_it(root):
+    loaded, whole = (dino_kit.load_backbone(root / name) for name in ("in shards", "whole"))
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(loaded(images), whole(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "missing"])
+def test_a_damaged_shard_is_noticed_and_the_checkpoint_before_is_used(root, tmp_path, capsys, fault):
+    shutil.copytree(root / "in shards", tmp_path / "run")
+    damaged = shard_files(tmp_path / "run")[-1]
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    if fault == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(data if fault == "flipped" else data[: len(data) // 2])
+    assert checkpoint.newest(tmp_path / "run")["step"] == 2
+    said = capsys.readouterr().err
+    assert damaged.name in said and "checkpoint_previous.pth, is used" in said
+    shutil.rmtree(tmp_path / "run/shards")
+    with pytest.raises(UserError, match="There is no file"):
+        checkpoint.newest(tmp_path / "run")
+    with pytest.raises(UserError, match="There is no file"):
+        dino_kit.load_backbone(tmp_path / "run")
+
+
+# What each of two processes does: the disk is full for the second of them in its first attempt, or
+# the first is killed when all shards are written and the checkpoint is not.
+PROGRAM = """
+import os, resource, signal, sys
+from dino_kit import cli, files
+from dino_kit.training import checkpoint
+
+write, save = files.write_tensors, checkpoint.save
+fault, attempts = os.environ["FAULT"], []
+
+def limited(*what):
+    attempts.append(what)
+    full = fault == "full" and os.environ["RANK"] == "1" and len(attempts) == 1
+    if not full:
+        return write(*what)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        return write(*what)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def killed(folder, content, *rest):
+    if fault == "killed" and content["step"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(folder, content, *rest)
+
+files.write_tensors, checkpoint.save = limited, killed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(root: Path, out: Path, fault: str) -> list:
+    places = ["--data_path", str(root / "pictures"), "--output_dir", str(out)]
+    flags = [*sharded_training.FLAGS, *SHARDS, "--save_every_steps", "1"]
+    return together("-c", PROGRAM, "train", *places, *flags, FAULT=fault)
+
+
+def test_a_disk_that_is_full_for_one_process(root, tmp_path):
+    pytest.importorskip("resource")
+    ended = start(root, tmp_path, "full")
+    assert [one.status for one in ended] == [0, 0], ended
+    told = "The checkpoint of step 1 could not be written (File too large); there is none so far."
+    assert told in ended[0].said
+    assert_close_run(read(root / "whole"), read(tmp_path))
+    steps = {path.name.partition("-")[0] for path in (tmp_path / "shards").iterdir()}
+    assert steps == {"step00000002", "step00000003", "step00000004"}  # the first epoch is kept
+
+
+def test_a_kill_between_the_shards_and_their_checkpoint(root, tmp_path):
+    killed = start(root, tmp_path, "killed")
+    assert killed[0].status == -9 and killed[1].status == 1
+    steps = sorted(path.name.partition("-")[0] for path in (tmp_path / "shards").iterdir())
+    assert steps == ["step00000001", "step00000002"] and read(tmp_path)["step"] == 1
+    assert [one.status for one in start(root, tmp_path, "none")] == [0, 0]
+    assert_close_run(read(root / "whole"), read(tmp_path))
+    assert len(list((tmp_path / "shards").iterdir())) == 3  # the first epoch is kept
+
+
+def test_the_flag_is_of_use_with_fsdp_only(root, capsys):
+    assert train(root, "nothing", "--checkpoint_shards", "true") == 2
+    assert "--checkpoint_shards true is of use with --fsdp true only" in capsys.readouterr().err
+    assert not (root / "nothing").exists()
+
+
+def test_one_process_writes_it_whole(root):
+    assert train(root, "alone", *SHARDS) == 0
+    assert not (root / "alone/shards").exists()
+    assert_same(read(root / "alone")["student"], read(root / "whole")["student"])
+
+
+# Parts alone
+
+
+class InParts:
+    """What a process holds of a tensor, all of it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.shape = tensor, tensor.shape
+
+    def to_local(self) -> torch.Tensor:
+        return self.tensor
+
+
+def save(folder: Path, step: int, also_as: str | None = None) -> torch.Tensor:
+    tensor = torch.arange(12.0).view(6, 2) + step
+    state = shards.write(folder, step, {"student": {"weight": InParts(tensor)}})
+    checkpoint.save(folder, {"step": step, **state}, also_as)
+    return tensor
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    state = {
+        "list": [InParts(torch.arange(5))], "bf16": InParts(torch.ones(2, 3).bfloat16()), "plain": 7,
+        "whole": torch.ones(2), "none": None,
+    }  # fmt: skip
+    there = torch.load(_written(tmp_path, shards.write(tmp_path, 3, state)), weights_only=True)
+    found = shards.whole(shards.opened(there, tmp_path / "x.pth"))
+    assert_same(found.pop("list")[0], torch.arange(5))
+    assert_same(found, {
+        "bf16": torch.ones(2, 3).bfloat16(), "plain": 7, "whole": torch.ones(2), "none": None
+    })  # fmt: skip
+
+
+def _written(folder: Path, content: dict) -> Path:
+    files.write_weights(folder / "x.pth", content)
+    return folder / "x.pth"
+
+
+def stored(folder: Path, cuts: list[int], rows: int) -> tuple[shards.StoredTensor, torch.Tensor]:
+    """A tensor whose parts end at ``cuts``, each in a file of its own."""
+    tensor = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, rows], strict=True)):
+        part = tensor[start:stop].contiguous()
+        files.write_tensors(folder / f"{number}.safetensors", {"w": part})
+        parts.append([f"{number}.safetensors", "w", start, stop, shards._sha256(part)])
+    return shards.StoredTensor({"shape": [rows, 3], "parts": parts}, folder), tensor
+
+
+def test_any_rows_can_be_read(tmp_path):
+    found, tensor = stored(tmp_path, [2, 3, 7], 9)
+    for start in range(10):
+        for stop in range(start, 10):
+            rows = found.rows(start, stop)
+            assert torch.equal(rows, tensor[start:stop]) and rows.dtype is tensor.dtype
+    assert torch.equal(found.whole(), tensor)
+
+
+def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
+    found, _ = stored(tmp_path, [2, 3, 7], 9)
+    opened, read_tensor = [], files.read_tensor
+    monkeypatch.setattr(
+        files, "read_tensor", lambda path, name: opened.append(path.stem) or read_tensor(path, name)
+    )
+    found.rows(2, 4)
+    assert opened == ["1", "2"]
+    opened.clear()
+    for turn in range(3):
+        found.check(turn, 3)
+    assert sorted(opened) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_each_process_takes_the_rows_that_pytorch_gives_it(processes):
+    for rows in range(1, 13):
+        chunks = [len(part) for part in torch.arange(rows).chunk(processes)]
+        own = [_own_rows(rows, rank, processes) for rank in range(processes)]
+        assert [stop - start for start, stop in own] == [*chunks, *[0] * (processes - len(chunks))]
+        assert [start for start, _ in own[1:]] == [stop for _, stop in own[:-1]]
+
+
+def test_a_shard_that_a_checkpoint_refers_to_stays(tmp_path):
+    kept = save(tmp_path, 1, "checkpoint0000.pth")
+    for step in range(2, 6):
+        last = save(tmp_path, step)
+    steps = sorted(path.name[:12] for path in (tmp_path / "shards").iterdir())
+    assert steps == ["step00000001", "step00000004", "step00000005"]
+    assert torch.equal(read(tmp_path, "checkpoint0000.pth")["student"]["weight"], kept)
+    assert torch.equal(checkpoint.newest(tmp_path)["student"]["weight"].whole(), last)
+
+
+def test_nothing_is_removed_where_a_checkpoint_cannot_be_read(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint0007.pth").write_bytes(b"damaged")
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert len(list((tmp_path / "shards").iterdir())) == 4
+
+
+def test_a_second_attempt_at_a_step_leaves_the_first_alone(tmp_path):
+    save(tmp_path, 1, "checkpoint0000.pth")
+    before = {path: path.read_bytes() for path in shard_files(tmp_path)}
+    save(tmp_path, 1)
+    assert len(shard_files(tmp_path)) == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_shards_of_a_checkpoint_that_found_no_room_make_way(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_weights", refuse)
+    with pytest.raises(OSError):
+        save(tmp_path, 2)
+    checkpoint.remove_unused_shards(tmp_path)
+    assert [path.name[:12] for path in (tmp_path / "shards").iterdir()] == ["step00000001"]
+
+
+def test_a_run_that_makes_way_takes_its_shards_with_it(tmp_path):
+    save(tmp_path, 1)
+    checkpoint.remove(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"shape": [4], "parts": [["f", "w", 0, 2, ""], ["f", "w", 3, 4, ""]]},  # a gap
+        {"shape": [4], "parts": [["f", "w", 0, 3, ""], ["f", "w", 2, 4, ""]]},  # twice
+        {"shape": [4], "parts": [["f", "w", 0, 3, ""]]},
+        {"shape": [4], "parts": []},
+        {"shape": [], "parts": []},
+        {"shape": ["x"], "parts": [["f", "w", 0, 4, ""]]},
+        {"shape": [4], "parts": [["f", "w"]]},
+        {"shape": [4], "parts": 3},
+        {"shape": None, "parts": [["f", "w", 0, 4, ""]]},
+    ],
+)
+def test_parts_that_make_no_tensor_are_refused(tmp_path, place):
+    files.write_weights(tmp_path / "checkpoint.pth", {"step": 1, "student": {"a.weight": place}})
+    with pytest.raises(UserError, match="it has a tensor in parts that make none"):
+        checkpoint.newest(tmp_path)
