@@ -17,13 +17,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dino_kit import distributed, files
 from dino_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "shards"
 
@@ -45,7 +45,7 @@ class StoredTensor:
     """
 
     def __init__(self, place: Mapping[str, Any], folder: Path):
-        self.shape, self._folder = torch.Size(place["shape"]), folder
+        self.shape, self._folder = tuple(map(int, place["shape"])), folder
         self._parts = [Part(*part) for part in place["parts"]]
         stops = [0, *(part.stop for part in self._parts)]
         if [*(part.start for part in self._parts), self.shape[0]] != stops:
@@ -56,6 +56,8 @@ class StoredTensor:
         wanted = [part for part in self._parts if part.start < stop and start < part.stop]
         if not wanted:  # of no rows there is still a type
             return self._read(self._parts[0])[:0]
+        import torch
+
         return torch.cat([
             self._read(part)[max(start - part.start, 0) : stop - part.start] for part in wanted
         ])  # fmt: skip
@@ -217,4 +219,6 @@ def replaced(
 
 
 def _sha256(tensor: Tensor) -> str:
+    import torch
+
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
