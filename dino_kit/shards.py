@@ -13,9 +13,11 @@ with the rows of each part, from ``start`` to before ``stop``, and the checksum 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "shards"
+_OF_A_CHECKPOINT = re.compile(r"step\d{8,}-[0-9a-f]{8}").fullmatch
 
 
 class Part(NamedTuple):
@@ -169,8 +172,9 @@ def whole(content: Any) -> Any:
 
 
 def remove_all_but(folder: str | Path, checkpoints: Iterable[Path]) -> None:
-    """Remove what none of these checkpoints of ``folder`` refers to."""
-    if not Path(folder, FOLDER).is_dir():
+    """Remove what none of these checkpoints of ``folder`` refers to, and nothing else."""
+    there = _in(folder)
+    if not there:
         return
     needed: set[Path] = set()
     for path in checkpoints:
@@ -179,11 +183,19 @@ def remove_all_but(folder: str | Path, checkpoints: Iterable[Path]) -> None:
         except UserError:
             return  # nobody knows what it refers to
         replaced(content, _is_stored, lambda name, stored: needed.update(stored.folders))
-    for found in Path(folder, FOLDER).iterdir():
+    for found in there:
         if found not in needed:
             shutil.rmtree(found, ignore_errors=True)
-    if not needed:
-        shutil.rmtree(Path(folder, FOLDER), ignore_errors=True)
+    with suppress(OSError):  # it holds more
+        Path(folder, FOLDER).rmdir()
+
+
+def _in(folder: str | Path) -> list[Path]:
+    """The folders that :func:`write` made; beside them there may be what it knows nothing of."""
+    try:
+        return [path for path in Path(folder, FOLDER).iterdir() if _OF_A_CHECKPOINT(path.name)]
+    except OSError:
+        return []
 
 
 def _is_place(value: Any) -> bool:

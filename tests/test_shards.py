@@ -312,6 +312,19 @@ def test_a_run_that_makes_way_takes_its_shards_with_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_no_run_wrote_stays(tmp_path):
+    """A folder of that name may have been there before, as one of tar archives."""
+    (tmp_path / "shards/cats").mkdir(parents=True)
+    for name in ("train-000.tar", "cats/1.png", "step1"):
+        (tmp_path / "shards" / name).write_bytes(b"mine")
+    before = sorted((tmp_path / "shards").rglob("*"))
+    checkpoint.save(tmp_path, {"step": 1, "student": {"weight": torch.ones(2)}})
+    assert sorted((tmp_path / "shards").rglob("*")) == before
+    save(tmp_path, 2)
+    checkpoint.remove(tmp_path)
+    assert sorted((tmp_path / "shards").rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "place",
     [
