@@ -209,13 +209,19 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None
     from safetensors.torch import save_file
 
     path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that nobody else may read
     try:
         with uninterrupted():
             save_file(dict(tensors), path)
-            with open(path, "rb") as file:
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod(mode)
+            with open(path, "r+b") as file:  # Windows brings only what may be written to the disk
                 os.fsync(file.fileno())
-            _sync_folder(path.parent)
+            for new in (path, *made):
+                _sync_folder(new.parent)
     except BaseException as error:
         with suppress(OSError):
             path.unlink()

@@ -100,10 +100,14 @@ def write(folder: str | Path, step: int, state: Any) -> Any:
     inside = f"{FOLDER}/step{step:08}-{token}"
     names = [f"{inside}/{number:05}-of-{processes:05}.safetensors" for number in range(processes)]
     held: dict[str, Tensor] = {}
+    places: set[int] = set()  # in memory
 
     def hold(name: str, tensor: Any) -> None:
         if len(own := tensor.to_local()):
-            held[name] = own.detach().cpu().contiguous()
+            own = own.detach().cpu().contiguous()
+            # safetensors takes no tensor under two names, as a model that ties weights has it.
+            held[name] = own.clone() if own.data_ptr() in places else own
+            places.add(own.data_ptr())
 
     replaced(state, in_parts, hold)
     told, refusal = {}, None

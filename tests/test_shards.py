@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -222,6 +223,39 @@ def test_what_is_read_is_what_was_written(tmp_path):
 def _written(folder: Path, content: dict) -> Path:
     files.write_weights(folder / "x.pth", content)
     return folder / "x.pth"
+
+
+def test_a_tensor_under_two_names(tmp_path):
+    """As a model that ties weights has it."""
+    tied = InParts(torch.arange(6.0))
+    state = {"student": {"a.weight": tied, "b.weight": tied}}
+    written = shards.write(tmp_path, 1, state)
+    found = shards.whole(shards.opened(written, tmp_path / "x.pth"))["student"]
+    assert_same(found, {"a.weight": torch.arange(6.0), "b.weight": torch.arange(6.0)})
+
+
+def test_shards_are_on_the_disk_with_the_folders_that_are_new(tmp_path, monkeypatch):
+    folders, handles = [], []
+    monkeypatch.setattr(files, "_sync_folder", folders.append)
+    monkeypatch.setattr(os, "fsync", lambda handle: handles.append(os.write(handle, b"")))
+    shards.write(tmp_path, 1, {"weight": InParts(torch.ones(2))})
+    (inside,) = (tmp_path / "shards").iterdir()
+    assert {inside, tmp_path / "shards", tmp_path} == set(folders)
+    # Windows refuses a handle that cannot be written by, as would the write above.
+    assert handles == [0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+def test_whoever_may_read_a_checkpoint_may_read_its_shards(tmp_path):
+    save(tmp_path, 1)
+    (shard,) = shard_files(tmp_path)
+    assert shard.stat().st_mode == (tmp_path / "checkpoint.pth").stat().st_mode
+
+
+def test_processes_on_different_disks_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "write_tensors", lambda path, tensors: None)
+    with pytest.raises(OSError, match="is on another disk; all need the same --output_dir"):
+        shards.write(tmp_path, 1, {"weight": InParts(torch.ones(2))})
 
 
 def stored(folder: Path, cuts: list[int], rows: int) -> tuple[shards.StoredTensor, torch.Tensor]:
