@@ -13,6 +13,7 @@ with the rows of each part, from ``start`` to before ``stop``, and the checksum 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -57,8 +58,8 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         """Those from ``start`` to before ``stop``, on the CPU."""
         wanted = [part for part in self._parts if part.start < stop and start < part.stop]
-        if not wanted:  # of no rows there is still a type
-            return self._read(self._parts[0])[:0]
+        if not wanted:  # of no rows there is still a type, which need not keep the file open
+            return self._read(self._parts[0])[:0].clone()
         import torch
 
         return torch.cat([
@@ -118,7 +119,8 @@ def write(folder: str | Path, step: int, state: Any) -> Any:
         refusal = (error.errno, error.strerror or str(error))
     everyones, refusals = zip(*distributed.all_gather_plain((told, refusal)), strict=True)
     refused = [refusal for refusal in refusals if refusal is not None]
-    unseen = [name for name in names if not Path(folder, name).is_file()]
+    # Not as Path asks it, who may raise, and then the others would wait.
+    unseen = [name for name in names if not os.path.isfile(Path(folder, name))]
     if unseen and not refused:
         refused = [(None, f"{unseen[0]} is on another disk; all need the same --output_dir")]
     if refused := distributed.all_gather_plain(refused)[0]:
@@ -150,24 +152,13 @@ def opened(content: Any, path: Path) -> Any:
 
 
 def check(content: Any) -> None:
-    """Read all that :func:`opened` found, the processes sharing the work; all have to call it.
+    """Read this process's share of all that :func:`opened` found.
 
     Raises:
-        UserError: on all processes, where one of them found a file missing or damaged.
+        UserError: a file is missing or damaged.
     """
-    found: list[StoredTensor] = []
-    replaced(content, _is_stored, lambda name, stored: found.append(stored))
-    if not found:
-        return
-    told = None
-    try:
-        for stored in found:
-            stored.check(distributed.rank(), distributed.world_size())
-    except UserError as error:
-        told = str(error)
-    for refusal in distributed.all_gather_plain(told):
-        if refusal is not None:
-            raise UserError(refusal)
+    turn = distributed.rank(), distributed.world_size()
+    replaced(content, _is_stored, lambda name, stored: stored.check(*turn))
 
 
 def whole(content: Any) -> Any:

@@ -187,6 +187,54 @@ def test_one_process_writes_it_whole(root):
     assert_same(read(root / "alone")["student"], read(root / "whole")["student"])
 
 
+# The second of two processes cannot read the newest checkpoint, or is given another folder. Each
+# ends with the step that it goes on from.
+READING = """
+import os, sys, torch
+from pathlib import Path
+from dino_kit import distributed, files
+from dino_kit.errors import UserError
+from dino_kit.training import checkpoint
+
+folder, fault = Path(sys.argv[1]), sys.argv[2]
+distributed.start(torch.device("cpu"), 1.0)
+if distributed.rank():
+    read = files.read_weights
+    def refuse(path, *rest):
+        if path.name == checkpoint.NEWEST:
+            raise UserError("It is in a bad mood.")
+        return read(path, *rest)
+    if fault == "unreadable":
+        files.read_weights = refuse
+    else:
+        folder = folder / "elsewhere"
+try:
+    step = checkpoint.newest(folder)["step"]
+except UserError as error:
+    sys.exit(str(error))
+distributed.stop()
+os._exit(10 + step)
+"""
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_processes_go_on_from_the_same_checkpoint(tmp_path, in_parts):
+    for step in (1, 2):
+        if in_parts:
+            save(tmp_path, step)
+        else:
+            checkpoint.save(tmp_path, {"step": step})
+    ended = together("-c", READING, str(tmp_path), "unreadable")
+    assert [one.status for one in ended] == [11, 11], ended
+    assert "It is in a bad mood. The one before it" in ended[0].said
+
+
+def test_processes_with_different_folders_do_not_begin(tmp_path):
+    save(tmp_path, 1)
+    for one in together("-c", READING, str(tmp_path), "elsewhere"):
+        assert one.status == 1 and "all need the same --output_dir" in one.said
+
+
 # Parts alone
 
 
@@ -276,6 +324,11 @@ def test_any_rows_can_be_read(tmp_path):
             rows = found.rows(start, stop)
             assert torch.equal(rows, tensor[start:stop]) and rows.dtype is tensor.dtype
     assert torch.equal(found.whole(), tensor)
+
+
+def test_of_no_rows_no_file_stays_open(tmp_path):
+    found, _ = stored(tmp_path, [2], 9)
+    assert found.rows(9, 9).untyped_storage().nbytes() == 0
 
 
 def test_only_what_is_needed_is_read(tmp_path, monkeypatch):

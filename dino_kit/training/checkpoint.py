@@ -66,10 +66,18 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
     Where the newest cannot be read, the one before it takes its place, so that the next save
     does not push a damaged file into the place of the only good one.
 
+    All processes have to call it, and come to the same.
+
     Raises:
-        UserError: there are checkpoints, and none of them can be read.
+        UserError: there are checkpoints, and none of them can be read; or some processes see none.
     """
     newest, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
+    found = [path.name for path in (newest, previous) if path.is_file()]
+    if any(other != found for other in distributed.all_gather_plain(found)):
+        raise UserError(
+            f"The processes do not find the same checkpoints in {folder}; all need the same "
+            "--output_dir, on a disk that they share."
+        )
     if not newest.is_file():
         return _read(previous) if previous.is_file() else None
     try:
@@ -109,9 +117,20 @@ def remove_unused_shards(folder: str | Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint, whose tensors may be stored in parts; all processes have to call it."""
-    content = shards.opened(files.read_weights(path), path)
-    shards.check(content)
+    """A checkpoint, whose tensors may be stored in parts; all processes have to call it.
+
+    Raises:
+        UserError: on all processes, where one of them cannot read it.
+    """
+    content, told = {}, None
+    try:
+        content = shards.opened(files.read_weights(path), path)
+        shards.check(content)
+    except UserError as error:
+        told = str(error)
+    for refusal in distributed.all_gather_plain(told):
+        if refusal is not None:
+            raise UserError(refusal)
     return content
 
 
