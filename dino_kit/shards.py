@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -166,26 +166,28 @@ def whole(content: Any) -> Any:
     return replaced(content, _is_stored, lambda name, stored: stored.whole())
 
 
-def remove_all_but(folder: str | Path, checkpoints: Iterable[Path]) -> None:
-    """Remove what none of these checkpoints of ``folder`` refers to, and nothing else."""
-    there = _in(folder)
-    if not there:
-        return
+def referred_to(path: Path) -> set[Path]:
+    """The folders in which parts of the checkpoint ``path`` lie.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
     needed: set[Path] = set()
-    for path in checkpoints:
-        try:
-            content = opened(files.read_weights(path, lazily=True), path)
-        except UserError:
-            return  # nobody knows what it refers to
-        replaced(content, _is_stored, lambda name, stored: needed.update(stored.folders))
-    for found in there:
+    content = opened(files.read_weights(path, lazily=True), path)
+    replaced(content, _is_stored, lambda name, stored: needed.update(stored.folders))
+    return needed
+
+
+def remove_all_but(folder: str | Path, needed: Collection[Path]) -> None:
+    """Remove what :func:`write` made in ``folder``, and nothing else, but for these folders."""
+    for found in written_in(folder):
         if found not in needed:
             shutil.rmtree(found, ignore_errors=True)
     with suppress(OSError):  # it holds more
         Path(folder, FOLDER).rmdir()
 
 
-def _in(folder: str | Path) -> list[Path]:
+def written_in(folder: str | Path) -> list[Path]:
     """The folders that :func:`write` made; beside them there may be what it knows nothing of."""
     try:
         return [path for path in Path(folder, FOLDER).iterdir() if _OF_A_CHECKPOINT(path.name)]

@@ -16,7 +16,7 @@ from sharded_training import SHARDS, assert_close_run, save_images, train, train
 from test_train import assert_same
 
 import dino_kit
-from dino_kit import files, shards
+from dino_kit import cli, files, shards
 from dino_kit.errors import UserError
 from dino_kit.sharding import _own_rows
 from dino_kit.training import checkpoint
@@ -364,12 +364,46 @@ def test_a_shard_that_a_checkpoint_refers_to_stays(tmp_path):
     assert torch.equal(checkpoint.newest(tmp_path)["student"]["weight"].whole(), last)
 
 
-def test_nothing_is_removed_where_a_checkpoint_cannot_be_read(tmp_path):
+def test_of_a_best_one_that_made_way_no_shard_stays(tmp_path):
+    """A run may end with it, after its last save."""
+    save(tmp_path, 1)
+    checkpoint.keep_as_best(tmp_path)
+    for step in range(2, 5):
+        save(tmp_path, step)
+    checkpoint.keep_as_best(tmp_path)
+    steps = sorted(path.name[:12] for path in (tmp_path / "shards").iterdir())
+    assert steps == ["step00000003", "step00000004"]
+
+
+def test_a_copy_under_another_name_keeps_its_shards(tmp_path):
+    kept = save(tmp_path, 1)
+    shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "liked.pth")
+    torch.save(torch.ones(2), tmp_path / "features.pth")  # no checkpoint, and none of ours
+    for step in range(2, 5):
+        save(tmp_path, step)
+    assert torch.equal(read(tmp_path, "liked.pth")["student"]["weight"], kept)
+    steps = sorted(path.name[:12] for path in (tmp_path / "shards").iterdir())
+    assert steps == ["step00000001", "step00000003", "step00000004"]
+
+
+def test_what_a_killed_save_left_is_gone_when_the_run_goes_on(root, tmp_path):
+    shutil.copytree(root / "whole", tmp_path / "run")
+    left = tmp_path / "run/shards/step00000004-0123abcd"
+    left.mkdir(parents=True)
+    (left / "00000-of-00002.safetensors").write_bytes(b"half")
+    places = ["--data_path", str(root / "pictures"), "--output_dir", str(tmp_path / "run")]
+    assert cli.main(["train", *places, *sharded_training.FLAGS]) == 0
+    assert not (tmp_path / "run/shards").exists()
+
+
+def test_nothing_is_removed_where_a_checkpoint_cannot_be_read(tmp_path, capsys):
     save(tmp_path, 1)
     (tmp_path / "checkpoint0007.pth").write_bytes(b"damaged")
     for step in (2, 3, 4):
         save(tmp_path, step)
     assert len(list((tmp_path / "shards").iterdir())) == 4
+    assert "checkpoint0007.pth is not a checkpoint" in (said := capsys.readouterr().err)
+    assert "no shards are removed" in said
 
 
 def test_a_second_attempt_at_a_step_leaves_the_first_alone(tmp_path):

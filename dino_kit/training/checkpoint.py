@@ -102,18 +102,36 @@ def is_best(scores: Sequence[float | None]) -> bool:
 def keep_as_best(folder: str | Path) -> None:
     """Let ``checkpoint_best.pth`` hold what the newest checkpoint holds."""
     files.same_content(Path(folder) / NEWEST, Path(folder) / BEST)
+    remove_unused_shards(folder)
 
 
 def remove(folder: str | Path) -> None:
     """Remove the checkpoints that a run wrote to ``folder``."""
     for path in _all(folder):
         path.unlink(missing_ok=True)
-    shards.remove_all_but(folder, [])
+    remove_unused_shards(folder)
 
 
 def remove_unused_shards(folder: str | Path) -> None:
-    """Remove what no checkpoint of ``folder`` refers to: of those that made way, or were never written."""
-    shards.remove_all_but(folder, _all(folder))
+    """Remove those that no checkpoint in ``folder`` refers to, nor a copy under another name.
+
+    They are of checkpoints that made way, or were never written. Where a checkpoint cannot be read,
+    nobody knows which are its; then all stay, and that is told.
+    """
+    if not shards.written_in(folder):
+        return
+    needed, own = set(), _all(folder)
+    for path in Path(folder).glob("*.pth"):
+        try:
+            needed |= shards.referred_to(path)
+        except UserError as error:
+            if path in own:
+                log.notice(
+                    f"{error} As some may be its, no shards are removed from {folder}, which takes "
+                    "room with every save; remove that file, or put a sound one in its place."
+                )
+                return
+    shards.remove_all_but(folder, needed)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Run:
         files.remove_leftovers(folder)
         if self.replaces:
             checkpoint.remove(folder)
+        else:  # of a save that was killed, which would be in the way on a disk that is nearly full
+            checkpoint.remove_unused_shards(folder)
         if self.start < self.loader.total_steps:
             files.write_text(folder / "config.yaml", recipe.dump(self.config))
 
