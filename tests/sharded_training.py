@@ -76,6 +76,7 @@ def knn(root: Path, out: str) -> int:
 
 FSDP = ["--fsdp", "true"]
 SHARDS = [*FSDP, "--checkpoint_shards", "true"]
+NORMS = [*SHARDS, "--optimizer", "lars", "--use_bn_in_head", "true"]
 RUNS = {
     "begun by two": lambda root: train_an_epoch(root, "begun by two", *FSDP) == 1,
     "begun by one": lambda root: train(root, "begun by one", *FSDP) == 0,
@@ -83,6 +84,9 @@ RUNS = {
     "in shards": lambda root: train(root, "in shards", *SHARDS, "--saveckp_freq", "1") == 0,
     "begun in shards": lambda root: train_an_epoch(root, "begun in shards", *SHARDS) == 1,
     "ended in shards": lambda root: train(root, "ended in shards", *SHARDS) == 0,
+    "norms": lambda root: train(root, "norms", *NORMS) == 0,
+    "norms, begun": lambda root: train_an_epoch(root, "norms in two", *NORMS) == 1,
+    "norms, ended": lambda root: train(root, "norms in two", *NORMS) == 0,
     "ended by four": lambda root: train(root, "ended by four", *SHARDS) == 0,
 }
 

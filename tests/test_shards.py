@@ -65,6 +65,17 @@ def test_a_run_goes_on_by_another_number_of_processes(root):
     ]
 
 
+def test_moments_and_statistics_go_on_bit_for_bit(root):
+    """Of the last layer, frozen in the first epoch, there are none yet; batch norms' are whole."""
+    run_together(sharded_training.__file__, str(root), "norms", "norms, begun", "norms, ended")
+    one, other = (read(root / name) for name in ("norms", "norms in two"))
+    assert_same(
+        *({part: run[part] for part in ("student", "teacher", "optimizer", "dino_loss", "step")}
+          for run in (one, other))
+    )  # fmt: skip
+    assert "module.head.mlp.1.running_mean" in one["teacher"]
+
+
 def test_no_file_holds_all(root):
     """The main process never has it all, nor does the checkpoint: a few small tensors at most."""
     content = files.read_weights(root / "in shards/checkpoint.pth")
