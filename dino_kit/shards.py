@@ -20,13 +20,15 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dino_kit import distributed, files
 from dino_kit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 FOLDER = "shards"
 _OF_A_CHECKPOINT = re.compile(r"step\d{8,}-[0-9a-f]{8}").fullmatch
@@ -139,26 +141,48 @@ def write(folder: str | Path, step: int, state: Any) -> Any:
     return replaced(state, in_parts, place)
 
 
-def opened(content: Any, path: Path) -> Any:
-    """``content`` of the checkpoint ``path``, with a :class:`StoredTensor` where one is stored.
+def read(path: Path, take: Callable[[dict[str, Any]], T]) -> T:
+    """``take`` of what the checkpoint ``path`` holds: a :class:`StoredTensor` where one is stored.
+
+    A run that goes on replaces the file, and removes shards that nobody refers to any more; where
+    that was in the way, the new file is read.
 
     Raises:
-        UserError: what the checkpoint says of a tensor's parts makes none.
+        UserError: the checkpoint, or what ``take`` reads of it, is missing or damaged.
     """
+    while True:
+        before = _stamp(path)
+        try:
+            return take(_opened(files.read_weights(path), path))
+        except UserError:
+            if _stamp(path) == before:
+                raise
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another one after each time that the file was replaced."""
+    try:
+        return (found := path.stat()).st_ino, found.st_mtime_ns
+    except OSError:
+        return None
+
+
+def _opened(content: Any, path: Path) -> Any:
     try:
         return replaced(content, _is_place, lambda name, place: StoredTensor(place, path.parent))
     except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is damaged: it has a tensor in parts that make none.") from error
 
 
-def check(content: Any) -> None:
-    """Read this process's share of all that :func:`opened` found.
+def checked(content: Any) -> Any:
+    """``content``, of whose stored tensors this process has read its share.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     turn = distributed.rank(), distributed.world_size()
     replaced(content, _is_stored, lambda name, stored: stored.check(*turn))
+    return content
 
 
 def whole(content: Any) -> Any:
@@ -173,7 +197,7 @@ def referred_to(path: Path) -> set[Path]:
         UserError: it cannot be read, or is none.
     """
     needed: set[Path] = set()
-    content = opened(files.read_weights(path, lazily=True), path)
+    content = _opened(files.read_weights(path, lazily=True), path)
     replaced(content, _is_stored, lambda name, stored: needed.update(stored.folders))
     return needed
 

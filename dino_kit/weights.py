@@ -129,9 +129,12 @@ def load(
             or the number of heads, which no tensor shows, is neither said nor given.
     """
     path = _file(Path(path))
-    content = files.read_weights(path)
-    state, which = _network(content, which, path)
-    state = shards.whole(shards.opened(state, path))
+
+    def take(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+        state, found = _network(content, which, path)
+        return content, shards.whole(state), found
+
+    content, state, which = shards.read(path, take)
     said = _settings(content)
     given = {
         "patch_size": patch_size,

@@ -16,7 +16,7 @@ from sharded_training import SHARDS, assert_close_run, save_images, train, train
 from test_train import assert_same
 
 import dino_kit
-from dino_kit import cli, files, shards
+from dino_kit import cli, files, shards, weights
 from dino_kit.errors import UserError
 from dino_kit.sharding import _own_rows
 from dino_kit.training import checkpoint
@@ -39,7 +39,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def read(folder: Path, name: str = "checkpoint.pth") -> dict:
-    return shards.whole(shards.opened(files.read_weights(folder / name), folder / name))
+    return shards.read(folder / name, shards.whole)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -198,13 +198,13 @@ def test_one_process_writes_it_whole(root):
     assert_same(read(root / "alone")["student"], read(root / "whole")["student"])
 
 
-# The second of two processes cannot read the newest checkpoint, or is given another folder. Each
-# ends with the step that it goes on from.
+# The second of two processes cannot read the newest checkpoint, reads one that has taken its place,
+# or is given another folder. Each ends with the step that it goes on from.
 READING = """
 import os, sys, torch
 from pathlib import Path
 from dino_kit import distributed, files
-from dino_kit.errors import UserError
+from dino_kit.errors import RunFailed, UserError
 from dino_kit.training import checkpoint
 
 folder, fault = Path(sys.argv[1]), sys.argv[2]
@@ -217,11 +217,13 @@ if distributed.rank():
         return read(path, *rest)
     if fault == "unreadable":
         files.read_weights = refuse
+    elif fault == "replaced":
+        files.read_weights = lambda path: {**read(path), "step": 3}
     else:
         folder = folder / "elsewhere"
 try:
     step = checkpoint.newest(folder)["step"]
-except UserError as error:
+except (RunFailed, UserError) as error:
     sys.exit(str(error))
 distributed.stop()
 os._exit(10 + step)
@@ -240,10 +242,16 @@ def test_processes_go_on_from_the_same_checkpoint(tmp_path, in_parts):
     assert "It is in a bad mood. The one before it" in ended[0].said
 
 
-def test_processes_with_different_folders_do_not_begin(tmp_path):
-    save(tmp_path, 1)
-    for one in together("-c", READING, str(tmp_path), "elsewhere"):
-        assert one.status == 1 and "all need the same --output_dir" in one.said
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("elsewhere", "all need the same --output_dir"), ("replaced", "another run is training there")],
+)
+def test_processes_with_different_checkpoints_do_not_begin(tmp_path, fault, told):
+    for step in (1, 2):
+        save(tmp_path, step)
+    for one in together("-c", READING, str(tmp_path), fault):
+        assert one.status == 1 and told in one.said
+    assert read(tmp_path)["step"] == 2
 
 
 # Parts alone
@@ -271,25 +279,20 @@ def test_what_is_read_is_what_was_written(tmp_path):
         "list": [InParts(torch.arange(5))], "bf16": InParts(torch.ones(2, 3).bfloat16()), "plain": 7,
         "whole": torch.ones(2), "none": None,
     }  # fmt: skip
-    there = torch.load(_written(tmp_path, shards.write(tmp_path, 3, state)), weights_only=True)
-    found = shards.whole(shards.opened(there, tmp_path / "x.pth"))
+    files.write_weights(tmp_path / "x.pth", shards.write(tmp_path, 3, state))
+    found = shards.read(tmp_path / "x.pth", shards.whole)
     assert_same(found.pop("list")[0], torch.arange(5))
     assert_same(found, {
         "bf16": torch.ones(2, 3).bfloat16(), "plain": 7, "whole": torch.ones(2), "none": None
     })  # fmt: skip
 
 
-def _written(folder: Path, content: dict) -> Path:
-    files.write_weights(folder / "x.pth", content)
-    return folder / "x.pth"
-
-
 def test_a_tensor_under_two_names(tmp_path):
     """As a model that ties weights has it."""
     tied = InParts(torch.arange(6.0))
     state = {"student": {"a.weight": tied, "b.weight": tied}}
-    written = shards.write(tmp_path, 1, state)
-    found = shards.whole(shards.opened(written, tmp_path / "x.pth"))["student"]
+    files.write_weights(tmp_path / "x.pth", shards.write(tmp_path, 1, state))
+    found = shards.read(tmp_path / "x.pth", shards.whole)["student"]
     assert_same(found, {"a.weight": torch.arange(6.0), "b.weight": torch.arange(6.0)})
 
 
@@ -384,6 +387,38 @@ def test_of_a_best_one_that_made_way_no_shard_stays(tmp_path):
     checkpoint.keep_as_best(tmp_path)
     steps = sorted(path.name[:12] for path in (tmp_path / "shards").iterdir())
     assert steps == ["step00000003", "step00000004"]
+
+
+def replace_once_read(monkeypatch, replace) -> None:
+    """Let ``replace()`` come when a checkpoint was read for the first time, and its shards were not."""
+    read, left = files.read_weights, [replace]
+
+    def reading(*arguments, **options):
+        content = read(*arguments, **options)
+        if left:
+            left.pop()()
+        return content
+
+    monkeypatch.setattr(files, "read_weights", reading)
+
+
+def test_a_run_that_saves_meanwhile_is_no_damage(tmp_path, monkeypatch):
+    """The one before it would take its place, while another process trains."""
+    save(tmp_path, 1)
+    replace_once_read(monkeypatch, lambda: [save(tmp_path, step) for step in (2, 3)])
+    assert checkpoint.newest(tmp_path)["step"] == read(tmp_path)["step"] == 3
+
+
+def test_an_evaluator_reads_a_run_that_saves_meanwhile(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "in shards", tmp_path / "run")
+
+    def replace():
+        files.same_content(tmp_path / "run/checkpoint0000.pth", tmp_path / "run/checkpoint.pth")
+        for folder in (tmp_path / "run/shards").glob("step00000004*"):
+            shutil.rmtree(folder)
+
+    replace_once_read(monkeypatch, replace)
+    assert weights.load(tmp_path / "run").step == 2
 
 
 def test_a_copy_under_another_name_keeps_its_shards(tmp_path):

@@ -18,7 +18,7 @@ from torch import nn
 
 from dino_kit import distributed, files, log, sharding, shards
 from dino_kit.batch_norm import batch_norms
-from dino_kit.errors import UserError
+from dino_kit.errors import RunFailed, UserError
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 _NUMBERED = re.compile(r"checkpoint\d{4,}\.pth").fullmatch
@@ -139,16 +139,18 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: on all processes, where one of them cannot read it.
+        RunFailed: it is not the same on all.
     """
     content, told = {}, None
     try:
-        content = shards.opened(files.read_weights(path), path)
-        shards.check(content)
+        content = shards.read(path, shards.checked)
     except UserError as error:
         told = str(error)
-    for refusal in distributed.all_gather_plain(told):
-        if refusal is not None:
-            raise UserError(refusal)
+    refusals, steps = zip(*distributed.all_gather_plain((told, content.get("step"))), strict=True)
+    for refusal in filter(None, refusals):
+        raise UserError(refusal)
+    if any(step != steps[0] for step in steps):
+        raise RunFailed(f"{path} was replaced while it was read; another run is training there.")
     return content
 
 
