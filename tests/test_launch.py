@@ -418,6 +418,16 @@ def test_where_nobody_knows_of_a_job_the_words_of_all_its_processes_count(tmp_pa
     assert state.state_of(submitted(), tmp_path).name == "FAILED"
 
 
+@pytest.mark.parametrize("line", ['{"job": "8", "clus', '{"job": "8"}', "7", "", "\x00\x00"])
+def test_a_record_that_is_damaged_hides_no_job(tmp_path, capsys, line):
+    submission.record(tmp_path, "7", "slurm", ["train"], 2)
+    with open(tmp_path / submission.SUBMITTED, "a") as file:
+        file.write(line + "\n")
+    submission.record(tmp_path, "9", "slurm", ["train"], 2)
+    assert [entry.job for entry in submission.read_submitted(tmp_path)] == ["7", "9"]
+    assert "Line 2 of " in capsys.readouterr().err
+
+
 class Ran:
     def __reduce__(self):
         return print, ("code of somebody else's folder",)
