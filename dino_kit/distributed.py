@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_apart = False  # see apart()
 
 
 def launched() -> bool:
@@ -37,7 +38,7 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    return int(os.environ["WORLD_SIZE"]) if launched() and not _apart else 1
 
 
 def is_main() -> bool:
@@ -73,6 +74,17 @@ def stop() -> None:
             # One of them may still have to free a tensor, for which it takes the interpreter's
             # lock; while the interpreter ends, that aborts a process that has done all its work.
             time.sleep(0.1)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process is the only one, for what it does when the others are lost to it."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
 
 
 def is_failure(error: BaseException) -> bool:

@@ -209,13 +209,23 @@ def test_killed_at_every_kind_of_moment(train, whole, tmp_path):
         assert_nothing_lost_or_double(run, folder / "run")
 
 
-# The kill comes in the middle of the fourth step, of which nothing is on the disk.
+# The kill comes in the middle of the fourth step, of which nothing is on the disk. The one process is
+# taken for one of several, so that what is the identity on one goes by gloo, or on a GPU by NCCL.
 IN_A_STEP = """
 import os, signal, sys
-from dino_kit import cli
+from torch.distributed import get_backend
+from dino_kit import cli, distributed
 from dino_kit.training.learner import Learner
 
+class Several(int):
+    __eq__ = lambda self, other: False
+    __gt__ = lambda self, other: True
+
+distributed.world_size = lambda: Several(1)
+
 def commit(learner, step, *rest, real=Learner._commit):
+    assert get_backend() == {"cpu": "gloo", "cuda": "nccl"}[learner.device.type]
+    assert learner.parallel_student is not learner.student
     if os.environ["KILLED"] == "yes" and step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(learner, step, *rest)
@@ -229,7 +239,7 @@ WITHOUT_GPU = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=WITHOUT_GPU)])
-def test_killed_in_half_precision(pictures, tmp_path, device):  # noqa: F811
+def test_killed_in_half_precision_amid_collectives(pictures, tmp_path, device):  # noqa: F811
     def run(out: str, killed: str) -> int:
         flags = ("--precision", "bf16", "--device", device, "--save_every_steps", 1)
         line = words(pictures, tmp_path / out, *flags, "--log_every_steps", 1)

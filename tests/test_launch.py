@@ -189,6 +189,25 @@ def test_a_mistake_in_a_profile_names_its_line(tmp_path):
         parsed(f"launch slurm --profile {tmp_path}/mine.yaml --data_path d --output_dir o")
 
 
+@posix
+def test_a_job_carries_its_words_and_how_often_it_may_be_queued_again(capsys, tmp_path, monkeypatch):
+    from submitit.core.utils import DelayedSubmission
+
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    words = ["train", "--data_path", "d", "--output_dir", str(tmp_path / "out")]
+    flags = ["--timeout", "90", "--max_timeouts", "11"]
+    assert cli.main(["launch", "slurm", *flags, "--", *words]) == 0
+    assert "job 7: dino-kit train" in capsys.readouterr().out
+    (entry,) = submission.read_submitted(tmp_path / "out/jobs")
+    assert (entry.job, entry.cluster, entry.words, entry.tasks) == ("7", "slurm", words, 16)
+    carried = DelayedSubmission.load(entry.path(tmp_path / "out/jobs", "submitted_pickle"))
+    assert carried.function.words == tuple(words)
+    assert (carried._timeout_min, carried._timeout_countdown) == (90, 11)
+
+
 def test_where_there_is_no_slurm_that_is_said(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["launch", "slurm", "--data_path", "d", "--output_dir", f"{tmp_path}/out"]) == 2
@@ -251,6 +270,20 @@ def test_a_run_that_begins_anew_does_so_once(monkeypatch):
     assert begins.words_now()[-1] == "--resume=auto"
     assert job.Job(["knn", "x"]).words_now() == ("knn", "x")
     assert job.Job(["train", "mine.yaml"]).words_now()[-1] == "--resume=auto"  # it can say never
+
+
+def test_what_an_earlier_start_left_is_not_the_result_of_this_one(tmp_path, monkeypatch):
+    """It would be, where this start is killed, or queued again."""
+    started, seen = environment(tmp_path), []
+    started.paths.result_pickle.write_bytes(pickle.dumps(("error", "lost the others")))
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: started)
+    monkeypatch.setattr(job, "process_group", lambda *_: {})
+    monkeypatch.setattr(job, "_take_signals", lambda _: None)
+    monkeypatch.setattr(
+        cli, "outcome", lambda *_, repeat: seen.append(list(tmp_path.iterdir())) or (0, "")
+    )
+    assert job.Job(["train", "--data_path", "d"])() == 0
+    assert seen == [[]]
 
 
 @posix
@@ -418,6 +451,16 @@ def test_where_nobody_knows_of_a_job_the_words_of_all_its_processes_count(tmp_pa
     assert state.state_of(submitted(), tmp_path).name == "FAILED"
 
 
+@pytest.mark.parametrize("line", ['{"job": "8", "clus', '{"job": "8"}', "7", "", "\x00\x00"])
+def test_a_record_that_is_damaged_hides_no_job(tmp_path, capsys, line):
+    submission.record(tmp_path, "7", "slurm", ["train"], 2)
+    with open(tmp_path / submission.SUBMITTED, "a") as file:
+        file.write(line + "\n")
+    submission.record(tmp_path, "9", "slurm", ["train"], 2)
+    assert [entry.job for entry in submission.read_submitted(tmp_path)] == ["7", "9"]
+    assert "Line 2 of " in capsys.readouterr().err
+
+
 class Ran:
     def __reduce__(self):
         return print, ("code of somebody else's folder",)
@@ -455,6 +498,20 @@ def test_a_job_here_keeps_to_the_gpus_of_its_shell(tmp_path, monkeypatch):
         here.submit(tmp_path, ["train"], gpus, 1, None)
         assert found["CUDA_VISIBLE_DEVICES"] == given
         assert found["SUBMITIT_LOCAL_NTASKS"] == str(gpus)
+
+
+def test_a_job_imports_the_snapshot_of_the_package(capsys, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda line, env: found.update(env) or SimpleNamespace(pid=7)
+    )
+    here.submit(tmp_path, ["train"], 0, 1, tmp_path / "code")
+    shown = dry(capsys, f"launch slurm --snapshot --data_path d --output_dir {tmp_path}/out")
+    assert found["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "code"), "before"])
+    assert f"export PYTHONPATH={tmp_path}/out/jobs/code:before\n" in shown
+    # Else the folder that the job is started in would come first.
+    assert found["PYTHONSAFEPATH"] == "1" and "export PYTHONSAFEPATH=1\n" in shown
 
 
 @posix

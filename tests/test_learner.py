@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
+from dino_kit import sharding
 from dino_kit.backbones.build import create_backbone
 from dino_kit.heads import DINOHead
 from dino_kit.objectives.centering import CENTERINGS
@@ -118,6 +120,35 @@ def test_accumulation_is_the_same_run(arch, centering, sizes):
     torch.testing.assert_close(
         whole.state_dict()["dino_loss"]["center"], parts.state_dict()["dino_loss"]["center"]
     )
+
+
+class Parallel:
+    """A student that notes whether its gradients are to be summed up over the processes."""
+
+    def __init__(self, student):
+        self.student, self.local, self.summed = student, False, []
+
+    def __call__(self, *inputs):
+        self.summed.append(not self.local)
+        return self.student(*inputs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.local = True
+        yield
+        self.local = False
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_are_summed_over_the_processes_once_in_a_step(monkeypatch, sharded):
+    """Each micro-batch's would give the same, and take the time of as many sums."""
+    one, told = learner(), []
+    one.is_sharded = sharded
+    monkeypatch.setattr(sharding, "sum_gradients", lambda network, now: told.append(now))
+    one.parallel_student = parallel = Parallel(one.student)
+    for step, sizes in enumerate(([IMAGES], [6, 5, 5])):
+        assert one.step(step, split(batch(step), sizes)).committed
+    assert (told if sharded else parallel.summed) == [True, False, False, True]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -158,19 +158,52 @@ def test_a_thread_that_once_got_no_memory_does_not_count_against_fewer_images():
     assert memory.most_that_fit(take, 13) == 5
 
 
-def test_of_two_processes_both_end(pictures, tmp_path):  # noqa: F811
-    program = """
+# What each of two processes does: the second has room for three images, and comes to know it at the
+# place that is named.
+OF_TWO = """
 import os, sys
+import torch
 from dino_kit import cli
 from dino_kit.training.learner import Learner
-def learn(*arguments):
-    if os.environ["RANK"] == "1":
+
+def learn(learner, step, batches, *rest):
+    if os.environ["RANK"] == "1" and max(len(batch.places) for batch in batches) > 3:
+        if os.environ["AMID"] == "yes":  # some gradients are on their way to the other process
+            weights = [p for p in learner.student.parameters() if p.requires_grad]
+            weights[0].register_post_accumulate_grad_hook(refuse)
+            try:
+                return learned(learner, step, batches, *rest)
+            finally:
+                hooks = weights[0]._post_accumulate_grad_hooks
+                hooks.clear()
         raise MemoryError
-    return learned(*arguments)
+    return learned(learner, step, batches, *rest)
+
+def refuse(weight):
+    raise MemoryError
+
 learned, Learner._learn = Learner._learn, learn
 sys.exit(cli.main(sys.argv[1:]))
 """
-    ended = together("-c", program, *words(pictures, tmp_path, "--batch_size_per_gpu", 4))
+
+
+@pytest.mark.parametrize("amid", ["no", "yes"])
+def test_one_of_two_processes_tries_on_its_own_what_fits(pictures, tmp_path, amid):  # noqa: F811
+    line = words(pictures, tmp_path, "--batch_size_per_gpu", 4)
+    ended = together("-c", OF_TWO, *line, AMID=amid)
     assert [one.status for one in ended] == [1, 1]
-    assert "2 may fit: --batch_size_per_gpu 2 --total_batch_size 8" in ended[1].said
+    told = "; 3 fit: --batch_size_per_gpu 3 --total_batch_size 8 is the same run"
+    assert told in ended[1].said and "and --total_batch_size 6 one of smaller" in ended[1].said
     assert "Process 1 (of 2) has stopped: The memory does not suffice" in ended[0].said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--use_bn_in_head", "true"], pytest.param(["--fsdp", "true"], marks=pytest.mark.slow)],
+)
+def test_what_lies_on_two_processes_is_not_tried_by_one(pictures, tmp_path, flags):  # noqa: F811
+    line = words(pictures, tmp_path, "--batch_size_per_gpu", 4, *flags)
+    ended = together("-c", OF_TWO, *line, AMID="no")
+    assert [one.status for one in ended] == [1, 1]
+    assert "; 2 may fit: " in ended[1].said
+    assert "--total_batch_size 4, which is another run" in ended[1].said or "fsdp" in flags[0]

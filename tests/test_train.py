@@ -239,6 +239,8 @@ def test_a_finished_run_says_so_and_stays(whole, pictures, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
+        (["--arch", "deepvit"], "arch was vit and is now deepvit"),
+        (["--embed_dim", 32], "embed_dim was 24 and is now 32"),
         (["--epochs", 4], "epochs was 3 and is now 4"),
         (["--lr", 0.1], "lr was 0.05 and is now 0.1"),
         (["--total_batch_size", 4], "total_batch_size was 8 and is now 4"),

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dino_kit import files
+from dino_kit import files, journal, log
 from dino_kit.cluster.job import Job
 from dino_kit.config.launch import GB_PER_GPU, VOLTA_32, SlurmConfig
 from dino_kit.errors import UserError
@@ -47,12 +47,19 @@ class Submitted:
 
 
 def read_submitted(folder: str | Path) -> list[Submitted]:
-    """The jobs of ``folder`` in the order in which they were submitted."""
-    path = Path(folder) / SUBMITTED
+    """The jobs of ``folder`` in the order in which they were submitted.
+
+    A line that is no record, as one half written, is passed over with a notice.
+    """
+    path, found = Path(folder) / SUBMITTED, []
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Submitted(**json.loads(line)) for line in lines]
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            found.append(Submitted(**json.loads(line)))
+        except (ValueError, TypeError):
+            log.notice(f"Line {number} of {path} is no record of a job, and is passed over.")
+    return found
 
 
 def slurm_parameters(config: SlurmConfig, gpus: int, code: Path | None) -> dict[str, Any]:
@@ -151,8 +158,7 @@ def submit_to_slurm(
 
 def record(folder: Path, job: str, cluster: str, words: Sequence[str], tasks: int) -> Submitted:
     entry = Submitted(str(job), cluster, list(words), tasks, socket.gethostname(), time.time())
-    with open(folder / SUBMITTED, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")
+    journal.append_whole(folder / SUBMITTED, f"{json.dumps(asdict(entry))}\n".encode())
     return entry
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_kit import distributed, ema, sharding
 from dino_kit.backbones.stochastic_depth import draw_keep
+from dino_kit.batch_norm import batch_norms
 from dino_kit.objectives.dino import cross_view_loss
 from dino_kit.training import checkpoint, optim
 from dino_kit.training.health import Watch
@@ -215,6 +216,16 @@ class Learner:
         if unless or self.parallel_student is self.student:
             return nullcontext()
         return self.parallel_student.no_sync()
+
+    def part(self) -> bool:
+        """Let this process take steps without the others from now on; returns whether it can.
+
+        It cannot where the networks, or the rows whose statistics a batch norm takes, lie on several.
+        """
+        if distributed.world_size() > 1 and (self.is_sharded or batch_norms(self.student)):
+            return False
+        self.parallel_student = self.student  # and the wrapper, which waits for the others, is gone
+        return True
 
     def teacher_backbone(self) -> nn.Module | None:
         """The teacher's backbone, whole, for the main process; all processes have to call it.

@@ -210,32 +210,41 @@ class Run:
     def _what_fits(self, lacking: str) -> str:
         """What to do where there is too little memory. The networks are of no use afterwards."""
         memory.set_free()
-        batches = next(iter(self.loader))
+        batches, processes = next(iter(self.loader)), distributed.world_size()
         asked, total = max(len(batch.indices) for batch in batches), self.config.total_batch_size
         told = f"The memory does not suffice for {asked} images at a time ({lacking})"
-        if distributed.world_size() > 1:  # to try it takes all processes, of which some go on
-            fit, fits = asked // 2, f"{asked // 2} may fit"
-        else:
-            fit = memory.most_that_fit(lambda images: self._try(batches[0], images), asked)
+        if self.learner.part():
+            with distributed.apart():
+                fit = memory.most_that_fit(
+                    lambda images: self._try(batches[0], images, gradients=processes > 1), asked
+                )
             fits = f"{fit} fit"
+        else:  # to try it takes all processes, of which some go on
+            fit, fits = asked // 2, f"{asked // 2} may fit"
         if not fit:
             return (
                 f"{told}, nor, as far as it could be tried, for one; a smaller network, smaller or "
                 "fewer crops need less."
             )
         if batch_norms(self.learner.student):  # of which no batch is taken in parts
-            fit *= distributed.world_size()
-            return f"{told}; {fits}: give --total_batch_size {fit}, which is another run."
+            return (
+                f"{told}; {fits}: give --total_batch_size {fit * processes}, which is another run."
+            )
         return (
             f"{told}; {fits}: --batch_size_per_gpu {fit} --total_batch_size {total} is the same "
-            f"run, its batch taken in parts, and --total_batch_size {fit} one of smaller batches; "
+            f"run, its batch taken in parts, and --total_batch_size {fit * processes} one of smaller "
+            "batches; "
             "--probe_freq 0 leaves out the probes, if it is they that need so much."
         )
 
-    def _try(self, batch: Batch, images: int) -> None:
+    def _try(self, batch: Batch, images: int, gradients: bool) -> None:
+        """Take a step of so many images, beside a second copy of the gradients where there is one."""
+        student = self.learner.student
+        copies = [torch.empty_like(p) for p in student.parameters() if gradients and p.requires_grad]
         whole = self.prepare(batch)
         groups = [group[:, :images] for group in whole.groups]
         self.learner.step(self.start, [MicroBatch(groups, whole.places[:images])])
+        del copies  # not before: where processes join their gradients, each holds them twice
 
     def describe(
         self,
