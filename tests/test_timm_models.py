@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -607,8 +608,24 @@ def test_sizes_that_do_not_pass_are_refused_before_a_run():
     assert "takes no images of 96 × 96 pixels" in sentence
     fixed = create_backbone("timm:convit_tiny", image_size=32, **VIT, local_up_to_layer=1)
     assert "near it, it takes 32" in refusal(fixed.require_sizes, [96])
+    # Of global crops, too, whether timm refuses them when it builds or when it sees them.
+    for name, options in (("xcit_nano_12_p16_224", VIT), ("eva02_tiny_patch14_224", VIT)):
+        step = 14 if "eva02" in name else 16
+        legal = ", ".join(str(step * n) for n in range(100 // step - 3, 100 // step + 5))
+        sentence = refusal(create_backbone, f"timm:{name}", image_size=100, **options)
+        assert sentence == (
+            f"timm:{name} takes no images of 100 pixels a side; near it, it takes {legal}, 224."
+        )
     # What timm does not refuse itself, but fails of.
     assert "takes no images of 96 × 96 pixels" in refusal(fixed, torch.zeros(1, 3, 96, 96))
+
+
+def test_a_size_that_is_refused_without_a_reason_is_told_without_one(monkeypatch):
+    """As HaloNet's attention does, by a bare assertion."""
+    backbone = built("vit")
+    monkeypatch.setattr(backbone.model, "forward_features", Mock(side_effect=AssertionError()))
+    sentence = refusal(backbone, torch.zeros(1, 3, 96, 80))
+    assert sentence == "timm:vit_tiny_patch16_224 takes no images of 96 × 80 pixels."
 
 
 @pytest.mark.parametrize("family", MIXING)

@@ -112,8 +112,9 @@ class TimmBackbone(LibraryBackbone):
                 raise
             height, width = images.shape[2:]
             reason = str(error).strip().partition("\n")[0].rstrip(".")
+            told = f": {reason}" if reason else ""
             raise UserError(
-                f"{self.name} takes no images of {height} × {width} pixels: {reason}."
+                f"{self.name} takes no images of {height} × {width} pixels{told}."
             ) from error
 
     def _pool(self, x: Tensor) -> Tensor:
