@@ -44,6 +44,7 @@ FAMILIES = {
     "deit": ("deit_tiny_distilled_patch16_224", 64, VIT, 2),
     "dinov2": ("vit_small_patch14_reg4_dinov2", 70, VIT, 5),
     "dinov3": ("vit_small_patch16_dinov3", 64, {**VIT, "num_heads": 2}, 5),
+    "naflex": ("naflexvit_base_patch16_gap", 64, {**VIT, "class_token": True}, 5),
     "eva02": ("eva02_tiny_patch14_224", 70, VIT, 1),
     "beit": ("beit_base_patch16_224", 64, VIT, 1),
     "swin": (
@@ -66,9 +67,9 @@ FAMILIES = {
     "gmlp": ("gmlp_ti16_224", 64, {"block_layer": SpatialGatingBlock, "mlp_layer": GatedMlp}, 0),
     "resmlp": ("resmlp_12_224", 64, {"block_layer": ResBlock, "norm_layer": Affine}, 0),
 }  # fmt: skip
-# An older version of timm has no DINOv3.
+# An older version of timm has no DINOv3, and no NaFlexViT.
 FAMILIES = {family: row for family, row in FAMILIES.items() if row[0] in timm.list_models()}
-ATTENDING = [f for f in ("vit", "deit", "dinov2", "dinov3", "eva02", "beit") if f in FAMILIES]
+ATTENDING = [f for f in ("vit", "deit", "dinov2", "dinov3", "naflex", "eva02", "beit") if f in FAMILIES]
 MIXING = ["mixer", "gmlp", "resmlp"]
 CLASS_ATTENDING = ["xcit", "cait"]
 
