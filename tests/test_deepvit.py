@@ -389,7 +389,8 @@ def test_it_is_pretrained_evaluated_and_looked_into(tmp_path, capsys):
     words = ["attention", str(tmp_path / "one"), "--image_path", str(picture)]
     assert cli.main(words) == 0
     said = capsys.readouterr().err
-    assert "DeepViT has no self-attention" in said and "its last Re-Attention" in said
+    assert "DeepViT has no self-attention" in said
+    assert "instead: the signed maps of its last Re-Attention and the similarity of each" in said
     folder = tmp_path / "one/attention/picture"
     heads = record["architecture"]["num_heads"]
     with np.load(folder / "patches.npz") as arrays:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refusal
 from torch import nn
 
 from dino_kit.backbones.build import create_backbone
 from dino_kit.backbones.interface import Backbone, Features, HasSelfAttention
+from dino_kit.backbones.libraries import sizes
 from dino_kit.backbones.libraries.wrapped import LibraryBackbone, see_channels
 from dino_kit.backbones.stochastic_depth import draw_keep
 from dino_kit.errors import UserError
@@ -147,6 +149,19 @@ def test_sizes_that_do_not_pass_are_told_with_those_near_that_do(wrapped):
     )
     with pytest.raises(UserError, match="a net takes no images of 12 pixels .*: 12 is no multiple"):
         Wrapped(Net(), "a net", image_size=12, in_chans=3)
+
+
+def test_a_global_size_that_is_refused_is_told_with_those_near_it_that_are_not():
+    sentence = refusal(create_backbone, "vit_b_32", image_size=100)
+    assert sentence == (
+        "torchvision:vit_b_32 takes no images of 100 pixels a side; near it, it takes 32, 64, 96, 128, "
+        "160, 192, 224."
+    )
+    # Where the size is not to blame, what is.
+    sentence = refusal(create_backbone, "vit_b_32", image_size=100, depth=3)
+    assert "unexpected keyword argument 'depth'" in sentence
+    sentence = refusal(sizes.built, lambda _: create_backbone("nothing"), "it", 96)
+    assert sentence.startswith("--arch is 'nothing'")
 
 
 def test_other_channels_get_a_first_convolution_of_their_own():

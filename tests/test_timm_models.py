@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ FAMILIES = {
     "deit": ("deit_tiny_distilled_patch16_224", 64, VIT, 2),
     "dinov2": ("vit_small_patch14_reg4_dinov2", 70, VIT, 5),
     "dinov3": ("vit_small_patch16_dinov3", 64, {**VIT, "num_heads": 2}, 5),
+    "naflex": ("naflexvit_base_patch16_gap", 64, {**VIT, "class_token": True}, 5),
     "eva02": ("eva02_tiny_patch14_224", 70, VIT, 1),
     "beit": ("beit_base_patch16_224", 64, VIT, 1),
     "swin": (
@@ -65,9 +67,9 @@ FAMILIES = {
     "gmlp": ("gmlp_ti16_224", 64, {"block_layer": SpatialGatingBlock, "mlp_layer": GatedMlp}, 0),
     "resmlp": ("resmlp_12_224", 64, {"block_layer": ResBlock, "norm_layer": Affine}, 0),
 }  # fmt: skip
-# An older version of timm has no DINOv3.
+# An older version of timm has no DINOv3, and no NaFlexViT.
 FAMILIES = {family: row for family, row in FAMILIES.items() if row[0] in timm.list_models()}
-ATTENDING = [f for f in ("vit", "deit", "dinov2", "dinov3", "eva02", "beit") if f in FAMILIES]
+ATTENDING = [f for f in ("vit", "deit", "dinov2", "dinov3", "naflex", "eva02", "beit") if f in FAMILIES]
 MIXING = ["mixer", "gmlp", "resmlp"]
 CLASS_ATTENDING = ["xcit", "cait"]
 
@@ -607,8 +609,24 @@ def test_sizes_that_do_not_pass_are_refused_before_a_run():
     assert "takes no images of 96 × 96 pixels" in sentence
     fixed = create_backbone("timm:convit_tiny", image_size=32, **VIT, local_up_to_layer=1)
     assert "near it, it takes 32" in refusal(fixed.require_sizes, [96])
+    # Of global crops, too, whether timm refuses them when it builds or when it sees them.
+    for name, options in (("xcit_nano_12_p16_224", VIT), ("eva02_tiny_patch14_224", VIT)):
+        step = 14 if "eva02" in name else 16
+        legal = ", ".join(str(step * n) for n in range(100 // step - 3, 100 // step + 5))
+        sentence = refusal(create_backbone, f"timm:{name}", image_size=100, **options)
+        assert sentence == (
+            f"timm:{name} takes no images of 100 pixels a side; near it, it takes {legal}, 224."
+        )
     # What timm does not refuse itself, but fails of.
     assert "takes no images of 96 × 96 pixels" in refusal(fixed, torch.zeros(1, 3, 96, 96))
+
+
+def test_a_size_that_is_refused_without_a_reason_is_told_without_one(monkeypatch):
+    """As HaloNet's attention does, by a bare assertion."""
+    backbone = built("vit")
+    monkeypatch.setattr(backbone.model, "forward_features", Mock(side_effect=AssertionError()))
+    sentence = refusal(backbone, torch.zeros(1, 3, 96, 80))
+    assert sentence == "timm:vit_tiny_patch16_224 takes no images of 96 × 80 pixels."
 
 
 @pytest.mark.parametrize("family", MIXING)

@@ -25,9 +25,7 @@ class Kind(NamedTuple):
 KINDS = {
     "attention": Kind(HasSelfAttention, "self-attention", "attention maps"),
     "rollout": Kind(HasSelfAttention, "self-attention", "attention through all blocks"),
-    "reattention": Kind(
-        HasReAttention, "Re-Attention", "maps of its last Re-Attention, which have a sign"
-    ),
+    "reattention": Kind(HasReAttention, "Re-Attention", "the signed maps of its last Re-Attention"),
     "classattention": Kind(
         HasClassAttention,
         "blocks in which the class token alone attends",

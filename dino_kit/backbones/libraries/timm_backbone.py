@@ -38,7 +38,8 @@ class TimmBackbone(LibraryBackbone):
 
     def __init__(self, model: nn.Module, name: str, image_size: int, in_chans: int):
         _draw_nothing(model)
-        self.has_class_token = getattr(model, "cls_token", None) is not None
+        embeds = getattr(model, "embeds", model)  # where a NaFlexViT has it
+        self.has_class_token = getattr(embeds, "cls_token", None) is not None
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", int(self.has_class_token))
         self._pools_class = (
             self.has_class_token
@@ -112,8 +113,9 @@ class TimmBackbone(LibraryBackbone):
                 raise
             height, width = images.shape[2:]
             reason = str(error).strip().partition("\n")[0].rstrip(".")
+            told = f": {reason}" if reason else ""
             raise UserError(
-                f"{self.name} takes no images of {height} × {width} pixels: {reason}."
+                f"{self.name} takes no images of {height} × {width} pixels{told}."
             ) from error
 
     def _pool(self, x: Tensor) -> Tensor:

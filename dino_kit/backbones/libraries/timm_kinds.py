@@ -18,6 +18,9 @@ from dino_kit.backbones.libraries.kernel_maps import fused_attentions, map_of
 from dino_kit.backbones.libraries.timm_backbone import TimmBackbone
 from dino_kit.backbones.libraries.wrapped import resized_positions
 
+# Those whose tokens all attend to each other, where their blocks are the usual ones.
+_ATTENDING = {"VisionTransformer", "VisionTransformerRelPos", "NaFlexVit", "Eva"}
+
 
 def kind_of(model: nn.Module) -> type[TimmBackbone]:
     """The class by which a model of timm is read."""
@@ -30,9 +33,7 @@ def kind_of(model: nn.Module) -> type[TimmBackbone]:
         return Xcit
     if "Beit" in families:
         return Beit
-    if families & {"VisionTransformer", "VisionTransformerRelPos", "Eva"} and all(
-        _has_one_map(block) for block in model.blocks
-    ):
+    if families & _ATTENDING and all(_has_one_map(block) for block in model.blocks):
         return SelfAttending
     return TimmBackbone
 

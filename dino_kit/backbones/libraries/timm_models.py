@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from dino_kit.backbones.libraries import sizes
 from dino_kit.backbones.libraries.timm_backbone import TimmBackbone
 from dino_kit.backbones.libraries.timm_kinds import kind_of
 from dino_kit.config.fields import nearest
@@ -48,11 +49,13 @@ def build(
         raise UserError(
             f"drop_path_rate is {drop_path_rate}; a rate of stochastic depth is at least 0 and below 1."
         )
-    model = _create(
-        name, title, options, {"img_size": image_size, "drop_path_rate": drop_path_rate, **_ANY_SIZE},
-        in_chans=in_chans,
-    )  # fmt: skip
-    return kind_of(model)(model, title, image_size or _native_size(model), in_chans)
+
+    def sized(side: int | None) -> TimmBackbone:
+        wishes = {"img_size": side, "drop_path_rate": drop_path_rate, **_ANY_SIZE}
+        model = _create(name, title, options, wishes, in_chans=in_chans)
+        return kind_of(model)(model, title, side or _native_size(model), in_chans)
+
+    return sizes.built(sized, title, image_size)
 
 
 def _create(

@@ -9,6 +9,7 @@ A heads.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torchvision.models import regnet
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import block_index, patch_grid
+from dino_kit.backbones.libraries import sizes
 from dino_kit.backbones.libraries.wrapped import (
     LibraryBackbone,
     outputs_of,
@@ -59,9 +61,23 @@ def build(
     title = f"torchvision:{name}"
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True, **options}
+    sized = partial(_sized, name, title, in_chans, drop_path_rate, options)
+    return sizes.built(sized, title, image_size)
+
+
+def _sized(
+    name: str,
+    title: str,
+    in_chans: int,
+    drop_path_rate: float,
+    options: dict[str, Any],
+    image_size: int | None,
+) -> LibraryBackbone:
+    from torchvision import models
+
     is_vit = name.startswith("vit_")
     if is_vit and image_size:
-        options["image_size"] = image_size
+        options = {**options, "image_size": image_size}
     try:
         model = models.get_model(name, weights=None, **options)
     except (TypeError, ValueError, AssertionError) as error:

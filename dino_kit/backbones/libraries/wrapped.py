@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from dino_kit.backbones.frozen import in_eval_mode
 from dino_kit.backbones.interface import Features
 from dino_kit.backbones.layers import run_block
+from dino_kit.backbones.libraries import sizes
 from dino_kit.backbones.maps import WithoutSelfAttention
 from dino_kit.errors import UserError
-
-_TRIED = 4  # sizes that are tried on either side of one that does not pass
 
 
 class LibraryBackbone(WithoutSelfAttention):
@@ -112,18 +111,13 @@ class LibraryBackbone(WithoutSelfAttention):
             or any(fnmatchcase(name, pattern) for pattern in said)
         }
 
-    def require_sizes(self, sizes: Sequence[int], way_out: str = "") -> None:
+    def require_sizes(self, sides: Sequence[int], way_out: str = "") -> None:
         """Raises :class:`UserError` where images of one of these sides do not pass."""
-        for size in sizes:
+        for size in sides:
             if self._passes(size):
                 continue
-            step = self.patch_size
-            nearby = [size // step * step + step * away for away in range(1 - _TRIED, 1 + _TRIED)]
-            legal = [str(side) for side in nearby if side > 0 and self._passes(side)]
-            if self.image_size not in nearby and self._passes(self.image_size):
-                legal.append(str(self.image_size))
-            takes = f"near it, it takes {', '.join(legal)}" if legal else "and of none near it"
-            raise UserError(f"{self.name} takes no images of {size} pixels a side; {takes}{way_out}.")
+            tried = sizes.near(size, self.patch_size, self.image_size)
+            raise sizes.refused(self.name, size, filter(self._passes, tried), way_out)
 
     # How
 
