@@ -187,7 +187,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("amid", ["no", "yes"])
+@pytest.mark.parametrize("amid", ["no", pytest.param("yes", marks=pytest.mark.slow)])
 def test_one_of_two_processes_tries_on_its_own_what_fits(pictures, tmp_path, amid):  # noqa: F811
     line = words(pictures, tmp_path, "--batch_size_per_gpu", 4)
     ended = together("-c", OF_TWO, *line, AMID=amid)

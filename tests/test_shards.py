@@ -25,17 +25,23 @@ from dino_kit.training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """One run by one process, and the same in shards by two; from one to the other and back."""
+def alone(tmp_path_factory) -> Path:
+    """One run by one process."""
     root = tmp_path_factory.mktemp("shards")
     save_images(root / "pictures", 20)
     assert train(root, "whole") == 0
-    assert train_an_epoch(root, "ended in shards") == 1
-    runs = ("in shards", "begun in shards", "ended in shards")
-    run_together(sharded_training.__file__, str(root), *runs)
-    shutil.copytree(root / "begun in shards", root / "ended by four")
-    assert train(root, "begun in shards") == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def root(alone) -> Path:
+    """Beside it the same in shards by two; from one process to two and back."""
+    assert train_an_epoch(alone, "ended in shards") == 1
+    runs = ("in shards", "begun in shards", "ended in shards")
+    run_together(sharded_training.__file__, str(alone), *runs)
+    shutil.copytree(alone / "begun in shards", alone / "ended by four")
+    assert train(alone, "begun in shards") == 0
+    return alone
 
 
 def read(folder: Path, name: str = "checkpoint.pth") -> dict:
@@ -65,10 +71,11 @@ def test_a_run_goes_on_by_another_number_of_processes(root):
     ]
 
 
-def test_moments_and_statistics_go_on_bit_for_bit(root):
+@pytest.mark.slow
+def test_moments_and_statistics_go_on_bit_for_bit(alone):
     """Of the last layer, frozen in the first epoch, there are none yet; batch norms' are whole."""
-    run_together(sharded_training.__file__, str(root), "norms", "norms, begun", "norms, ended")
-    one, other = (read(root / name) for name in ("norms", "norms in two"))
+    run_together(sharded_training.__file__, str(alone), "norms", "norms, begun", "norms, ended")
+    one, other = (read(alone / name) for name in ("norms", "norms in two"))
     assert_same(
         *({part: run[part] for part in ("student", "teacher", "optimizer", "dino_loss", "step")}
           for run in (one, other))
@@ -165,24 +172,25 @@ def start(root: Path, out: Path, fault: str) -> list:
     return together("-c", PROGRAM, "train", *places, *flags, FAULT=fault)
 
 
-def test_a_disk_that_is_full_for_one_process(root, tmp_path):
+def test_a_disk_that_is_full_for_one_process(alone, tmp_path):
     pytest.importorskip("resource")
-    ended = start(root, tmp_path, "full")
+    ended = start(alone, tmp_path, "full")
     assert [one.status for one in ended] == [0, 0], ended
     told = "The checkpoint of step 1 could not be written (File too large); there is none so far."
     assert told in ended[0].said
-    assert_close_run(read(root / "whole"), read(tmp_path))
+    assert_close_run(read(alone / "whole"), read(tmp_path))
     steps = {path.name.partition("-")[0] for path in (tmp_path / "shards").iterdir()}
     assert steps == {"step00000002", "step00000003", "step00000004"}  # the first epoch is kept
 
 
-def test_a_kill_between_the_shards_and_their_checkpoint(root, tmp_path):
-    killed = start(root, tmp_path, "killed")
+@pytest.mark.slow
+def test_a_kill_between_the_shards_and_their_checkpoint(alone, tmp_path):
+    killed = start(alone, tmp_path, "killed")
     assert killed[0].status == -9 and killed[1].status == 1
     steps = sorted(path.name.partition("-")[0] for path in (tmp_path / "shards").iterdir())
     assert steps == ["step00000001", "step00000002"] and read(tmp_path)["step"] == 1
-    assert [one.status for one in start(root, tmp_path, "none")] == [0, 0]
-    assert_close_run(read(root / "whole"), read(tmp_path))
+    assert [one.status for one in start(alone, tmp_path, "none")] == [0, 0]
+    assert_close_run(read(alone / "whole"), read(tmp_path))
     assert len(list((tmp_path / "shards").iterdir())) == 3  # the first epoch is kept
 
 
