@@ -89,6 +89,30 @@ class StoredTensor:
         return found
 
 
+def in_parts(value: Any) -> bool:
+    """Whether this process has a part of it: whether it is a DTensor, whose import costs a second."""
+    return hasattr(value, "to_local")
+
+
+def replaced(
+    state: Any, is_one: Callable[[Any], bool], by: Callable[[str, Any], Any], name: str = ""
+) -> Any:
+    """``state``, mappings and lists, with ``by(name, value)`` for each value that ``is_one``.
+
+    The name has all keys on the way to the value, with strokes between.
+    """
+    if is_one(state):
+        return by(name, state)
+    if isinstance(state, Mapping):
+        return {
+            key: replaced(value, is_one, by, f"{name}/{key}" if name else str(key))
+            for key, value in state.items()
+        }
+    if isinstance(state, list):
+        return [replaced(value, is_one, by, f"{name}/{n}") for n, value in enumerate(state)]
+    return state
+
+
 def write(folder: str | Path, step: int, state: Any) -> Any:
     """Write what this process holds of the tensors in ``state``, nested, that are in parts.
 
@@ -159,21 +183,6 @@ def read(path: Path, take: Callable[[dict[str, Any]], T]) -> T:
                 raise
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Another one after each time that the file was replaced."""
-    try:
-        return (found := path.stat()).st_ino, found.st_mtime_ns
-    except OSError:
-        return None
-
-
-def _opened(content: Any, path: Path) -> Any:
-    try:
-        return replaced(content, _is_place, lambda name, place: StoredTensor(place, path.parent))
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged: it has a tensor in parts that make none.") from error
-
-
 def checked(content: Any) -> Any:
     """``content``, of whose stored tensors this process has read its share.
 
@@ -219,36 +228,27 @@ def written_in(folder: str | Path) -> list[Path]:
         return []
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another one after each time that the file was replaced."""
+    try:
+        return (found := path.stat()).st_ino, found.st_mtime_ns
+    except OSError:
+        return None
+
+
+def _opened(content: Any, path: Path) -> Any:
+    try:
+        return replaced(content, _is_place, lambda name, place: StoredTensor(place, path.parent))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged: it has a tensor in parts that make none.") from error
+
+
 def _is_place(value: Any) -> bool:
     return isinstance(value, Mapping) and value.keys() == {"shape", "parts"}
 
 
 def _is_stored(value: Any) -> bool:
     return isinstance(value, StoredTensor)
-
-
-def in_parts(value: Any) -> bool:
-    """Whether this process has a part of it: whether it is a DTensor, whose import costs a second."""
-    return hasattr(value, "to_local")
-
-
-def replaced(
-    state: Any, is_one: Callable[[Any], bool], by: Callable[[str, Any], Any], name: str = ""
-) -> Any:
-    """``state``, mappings and lists, with ``by(name, value)`` for each value that ``is_one``.
-
-    The name has all keys on the way to the value, with strokes between.
-    """
-    if is_one(state):
-        return by(name, state)
-    if isinstance(state, Mapping):
-        return {
-            key: replaced(value, is_one, by, f"{name}/{key}" if name else str(key))
-            for key, value in state.items()
-        }
-    if isinstance(state, list):
-        return [replaced(value, is_one, by, f"{name}/{n}") for n, value in enumerate(state)]
-    return state
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -217,7 +217,7 @@ class Learner:
             return nullcontext()
         return self.parallel_student.no_sync()
 
-    def part(self) -> bool:
+    def go_alone(self) -> bool:
         """Let this process take steps without the others from now on; returns whether it can.
 
         It cannot where the networks, or the rows whose statistics a batch norm takes, lie on several.

@@ -213,7 +213,7 @@ class Run:
         batches, processes = next(iter(self.loader)), distributed.world_size()
         asked, total = max(len(batch.indices) for batch in batches), self.config.total_batch_size
         told = f"The memory does not suffice for {asked} images at a time ({lacking})"
-        if self.learner.part():
+        if self.learner.go_alone():
             with distributed.apart():
                 fit = memory.most_that_fit(
                     lambda images: self._try(batches[0], images, gradients=processes > 1), asked
